@@ -26,7 +26,7 @@ def hub_values(config: ModelConfig, *, architecture: str | None = None) -> dict[
             f"architecture {architecture!r} is not known.{suggest(architecture, unsupported)}",
             fix=f"use one of {', '.join(unsupported)}.",
         )
-    fitting = [name for name in unsupported if not unsupported[name]]
+    fitting = [name for name in unsupported if not unsupported[name] and ARCHITECTURES[name].has_use(config)]
     if architecture is None and len(fitting) > 1:
         raise WeightsError(
             f"the model is the same as {' and as '.join(fitting)}.", fix=f"say which with --architecture {fitting[0]}."

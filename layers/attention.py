@@ -10,7 +10,7 @@ import jax
 from flax import nnx
 
 from ..meshes import DEFAULT_RULES, ShardingRules
-from .cache import KVCache, NewTokens, attend
+from .cache import CacheScoring, KVCache, NewTokens, attend
 from .check_inputs import check_hidden
 from .config import ModelConfig
 from .context.attend import attend_in_context
@@ -18,7 +18,8 @@ from .context.places import Places, own_positions
 from .joined_linear import JoinedLinear, join_split
 from .linear import ColumnLinear, RowLinear
 from .lora.check_config import lora_of
-from .norms import make_head_norm, normalize
+from .options.by_layer import SAME_AS_ALL, LayerAttention, attention_of_layer
+from .options.qk_norm import make_qk_norm, normalize_heads
 from .partitioning import INIT_STD
 from .rope.rotary import rotate
 
@@ -46,28 +47,30 @@ class Attention(nnx.Module):
         own: dict[str, Any] = {"dim": "heads", "bias": config.other_bias, "std": std} | shared
         self.out = RowLinear(config.query_size, d, lora=lora("out"), **own)
         self.qkv: JoinedLinear | None = nnx.data(None)
-        is_normed = config.qk_norm == "on"
-        self.query_norm = make_head_norm(config, rngs=rngs, rules=rules) if is_normed else nnx.data(None)
-        self.key_norm = make_head_norm(config, rngs=rngs, rules=rules) if is_normed else nnx.data(None)
+        self.query_norm = make_qk_norm(config, dim="heads", rngs=rngs, rules=rules)
+        self.key_norm = make_qk_norm(config, dim="kv_heads", rngs=rngs, rules=rules)
 
-    def __call__(self, x_BTD: jax.Array, places: Places | None = None) -> jax.Array:
+    def __call__(
+        self, x_BTD: jax.Array, places: Places | None = None, layer: jax.Array | int | None = None
+    ) -> jax.Array:
         """x[B@data, T@context, D] -> y[B@data, T@context, D].
 
         Args:
             places: where the tokens stand, if a sequence holds several documents.
+            layer: number of the layer in the model, if layers differ.
 
         Raises:
-            ModelError: x is not [B, T, D], or T is 0.
+            ModelError: x is not [B, T, D], or T is 0, or layers differ and the number is missing.
         """
         check_hidden(x_BTD, self.config.hidden_size, layer="attention")
-        q_BTNH, k_BTKH, v_BTKH = self.project(x_BTD, positions_BT=places.positions if places else None)
-        segments_BT = places.segments if places else None
-        return self.combine(
-            attend_in_context(q_BTNH, k_BTKH, v_BTKH, config=self.config, rules=self.rules, segments_BT=segments_BT)
-        )
+        own = attention_of_layer(self.config, layer)
+        q_BTNH, k_BTKH, v_BTKH = self.project(x_BTD, positions_BT=places.positions if places else None, own=own)
+        more: dict[str, Any] = {"segments_BT": places.segments if places else None, "is_windowed": own.is_windowed}
+        mixed_BTNH = attend_in_context(q_BTNH, k_BTKH, v_BTKH, config=self.config, rules=self.rules, **more)
+        return self.combine(mixed_BTNH)
 
     def project(
-        self, x_BTD: jax.Array, *, positions_BT: jax.Array | None = None
+        self, x_BTD: jax.Array, *, positions_BT: jax.Array | None = None, own: LayerAttention = SAME_AS_ALL
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Return queries, keys and values, normalized and rotated by position where the config says so.
 
@@ -77,15 +80,21 @@ class Attention(nnx.Module):
 
         Args:
             positions_BT: position of every token in its sequence; 0 to T - 1, of all context ranks, if left out.
+            own: what this layer has of its own.
         """
         q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD)
         if self.query_norm is not None and self.key_norm is not None:
-            q_BTNH, k_BTKH = normalize(self.query_norm, q_BTNH), normalize(self.key_norm, k_BTKH)
+            q_BTNH, k_BTKH = normalize_heads(self.query_norm, self.key_norm, q_BTNH, k_BTKH)
+        if self.config.attention_scale:
+            # Kernels divide scores by the root of H.
+            factor = self.config.attention_scale * self.config.head_size**0.5
+            q_BTNH = q_BTNH if factor == 1 else q_BTNH * factor
         if self.config.positions == "rotary":
             if positions_BT is None:
                 positions_BT = own_positions(q_BTNH.shape[1], self.rules.axes("tokens"))[None]
-            q_BTNH = rotate(q_BTNH, config=self.config, positions_BT=positions_BT)
-            k_BTKH = rotate(k_BTKH, config=self.config, positions_BT=positions_BT)
+            how: dict[str, Any] = {"positions_BT": positions_BT, "frequencies": own.frequencies}
+            how |= {"config": self.config, "magnitude": own.magnitude}
+            q_BTNH, k_BTKH = rotate(q_BTNH, **how), rotate(k_BTKH, **how)
         return q_BTNH, k_BTKH, v_BTKH
 
     def join(self) -> None:
@@ -106,17 +115,29 @@ class Attention(nnx.Module):
         return self.out(mixed_BTNH.reshape(*mixed_BTNH.shape[:2], -1))
 
     def extend(
-        self, x_BTD: jax.Array, *, cache: KVCache, layer: jax.Array | int, new: NewTokens
+        self,
+        x_BTD: jax.Array,
+        *,
+        cache: KVCache,
+        layer: jax.Array | int,
+        new: NewTokens,
+        number: jax.Array | int | None = None,
     ) -> tuple[jax.Array, KVCache]:
         """Return attention of new tokens to the cached ones and to each other, and the cache with the new tokens.
 
         x[B@data, T, D] -> y[B@data, T, D]; one all-reduce. For inference, inside `shard_map` over all axes: each device
         has its own query heads and the key/value heads that they use. T is 1 in decode, the chunk's size in prefill.
+
+        Args:
+            layer: position of the layer in the cache; number: that in the model, if layers differ.
         """
         positions_BT = new.positions(x_BTD.shape[1])
-        q_BTNH, k_BTKH, v_BTKH = self.project(x_BTD, positions_BT=positions_BT)
+        own = attention_of_layer(self.config, number)
+        q_BTNH, k_BTKH, v_BTKH = self.project(x_BTD, positions_BT=positions_BT, own=own)
         cache = cache.append(layer, new, k_BTKH, v_BTKH)
-        mixed_BTNH = attend(q_BTNH, cache=cache, layer=layer, new=new, window=self.config.attention_window)
+        window, cap = self.config.attention_window, self.config.attention_softcap
+        scoring = CacheScoring(window=window, is_windowed=own.is_windowed, cap=cap)
+        mixed_BTNH = attend(q_BTNH, cache=cache, layer=layer, new=new, scoring=scoring)
         return self.combine(mixed_BTNH), cache
 
     def _project(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

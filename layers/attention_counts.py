@@ -67,7 +67,9 @@ def attention_weights(config: ModelConfig, *, tensor: int = 1) -> int:
     return config.hidden_size * (2 * config.query_size // tensor + 2 * config.kv_size // split_kv)
 
 
-def attention_norms(config: ModelConfig) -> int:
-    """Return the number of scales of norms within attention, which are whole on every device."""
-    heads = 2 * config.head_size if config.qk_norm == "on" else 0
+def attention_norms(config: ModelConfig, *, tensor: int = 1) -> int:
+    """Return the number of scales of norms within attention on one device; those of one head are whole on every one."""
+    split_kv = tensor if config.num_kv_heads % tensor == 0 else 1
+    whole = config.query_size // tensor + config.kv_size // split_kv
+    heads = {"on": 2 * config.head_size, "whole": whole, "off": 0}[config.qk_norm]
     return heads + attention_widths(config).latents

@@ -1,6 +1,7 @@
-"""One pre-norm block, and a stack of them as one scan: program size does not grow with depth."""
+"""One residual block, and a stack of them as one scan: program size does not grow with depth."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, get_args
 
 import jax
@@ -32,18 +33,22 @@ the outputs of weight matmuls and of flash attention ("dots")."""
 
 
 class Block(nnx.Module):
-    """Pre-norm residual block: x + attention(norm(x)), then x + mlp(norm(x)).
+    """Residual block: x + attention(norm(x)), then x + mlp(norm(x)); by `norm_place` norm(attention(x)), or both norms.
 
     x[B@data, T, D] -> y[B@data, T, D]; two all-reduces over `tensor` forward and two backward. With `dense_layers` a
     block is one of those with experts; `layer_kinds` has the configs of both.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, rules: ShardingRules = DEFAULT_RULES) -> None:
-        self.attention_norm = make_norm(config, rngs=rngs, rules=rules)
+        self.residual_scale, self.rules = config.residual_scale, rules
+        norm = partial(make_norm, config, rngs=rngs, rules=rules)
+        is_before, is_after = config.norm_place != "after", config.norm_place != "before"
+        self.attention_norm = norm() if is_before else nnx.data(None)
         self.attention = _make_attention(config, rngs=rngs, rules=rules)
-        self.mlp_norm = make_norm(config, rngs=rngs, rules=rules)
+        self.mlp_norm = norm() if is_before else nnx.data(None)
         self.mlp = _make_mlp(config, rngs=rngs, rules=rules)
-        self.rules = rules
+        self.attention_out_norm = norm() if is_after else nnx.data(None)
+        self.mlp_out_norm = norm() if is_after else nnx.data(None)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """x[B@data, T, D] -> y[B@data, T, D]."""
@@ -55,15 +60,27 @@ class Block(nnx.Module):
         weights_BT: jax.Array | None = None,
         places: Places | None = None,
         noise: BranchNoise | None = None,
+        layer: jax.Array | int | None = None,
     ) -> tuple[jax.Array, ExpertStats]:
         """Return the output, and what a layer of experts adds to sums of the step; empty for a dense one.
 
         x[B@data, T, D], weights of the loss [B@data, T], all tokens -> y[B@data, T, D]
+
+        Args:
+            layer: number of the layer in the model, if layers differ (`attention_pattern`).
         """
-        y_BTD = same_as(x_BTD, self.attention(normalize(self.attention_norm, x_BTD), places), self.attention)
-        x_BTD = x_BTD + (y_BTD if noise is None else noise.drop(y_BTD, branch=0, rules=self.rules))
+        y_BTD = normalize(self.attention_norm, x_BTD)
+        # A class of the user's knows no numbers of layers.
+        y_BTD = self.attention(y_BTD, places) if layer is None else self.attention(y_BTD, places, layer)
+        y_BTD = normalize(self.attention_out_norm, same_as(x_BTD, y_BTD, self.attention))
+        x_BTD = self._add(x_BTD, y_BTD if noise is None else noise.drop(y_BTD, branch=0, rules=self.rules))
         y_BTD, stats = self._feed_forward(normalize(self.mlp_norm, x_BTD), weights_BT)
-        return x_BTD + (y_BTD if noise is None else noise.drop(y_BTD, branch=1, rules=self.rules)), stats
+        y_BTD = normalize(self.mlp_out_norm, y_BTD)
+        return self._add(x_BTD, y_BTD if noise is None else noise.drop(y_BTD, branch=1, rules=self.rules)), stats
+
+    def _add(self, x_BTD: jax.Array, y_BTD: jax.Array) -> jax.Array:
+        """Add the output of a layer to the residual stream."""
+        return x_BTD + (y_BTD if self.residual_scale == 1 else y_BTD * self.residual_scale)
 
     def _feed_forward(self, x_BTD: jax.Array, weights_BT: jax.Array | None) -> tuple[jax.Array, ExpertStats]:
         if isinstance(self.mlp, MoE):
@@ -79,14 +96,26 @@ class Block(nnx.Module):
         join_layers(self.mlp)
 
     def extend(
-        self, x_BTD: jax.Array, *, cache: KVCache, layer: jax.Array | int, new: NewTokens
+        self,
+        x_BTD: jax.Array,
+        *,
+        cache: KVCache,
+        layer: jax.Array | int,
+        new: NewTokens,
+        number: jax.Array | int | None = None,
     ) -> tuple[jax.Array, KVCache]:
-        """Return the block's output for new tokens, and the cache with them: x[B@data, T, D] -> y[B@data, T, D]."""
+        """Return the block's output for new tokens, and the cache with them: x[B@data, T, D] -> y[B@data, T, D].
+
+        Args:
+            layer: position of the layer in the cache; number: that in the model, if layers differ.
+        """
+        own = {} if number is None else {"number": number}
         attended_BTD, cache = self.attention.extend(
-            apply_norm(self.attention_norm, x_BTD), cache=cache, layer=layer, new=new
+            apply_norm(self.attention_norm, x_BTD), cache=cache, layer=layer, new=new, **own
         )
-        x_BTD = x_BTD + attended_BTD
-        return x_BTD + self._feed_forward(apply_norm(self.mlp_norm, x_BTD), None)[0], cache
+        x_BTD = self._add(x_BTD, apply_norm(self.attention_out_norm, attended_BTD))
+        y_BTD = self._feed_forward(apply_norm(self.mlp_norm, x_BTD), None)[0]
+        return self._add(x_BTD, apply_norm(self.mlp_out_norm, y_BTD)), cache
 
 
 def _make_attention(config: ModelConfig, *, rngs: nnx.Rngs, rules: ShardingRules) -> Any:
@@ -142,6 +171,7 @@ def run_blocks(
     *,
     weights_BT: jax.Array | None = None,
     places: Places | None = None,
+    numbers_L: jax.Array | None = None,
     remat: Remat = "dots",
 ) -> tuple[jax.Array, jax.Array]:
     """Return x after all layers of one kind, run in order by one scan, and the sum of the losses of routers.
@@ -153,17 +183,19 @@ def run_blocks(
         params_L: its state as pure arrays, [layers, ...].
         weights_BT: weights of tokens in the loss; without them routers add none.
         places: where tokens stand, if a sequence holds several documents.
+        numbers_L: numbers of the layers in the model, int32 [L], if layers differ.
         remat: rematerialization policy.
     """
 
-    def layer(x_BTD: jax.Array, params: Any) -> tuple[jax.Array, jax.Array | None]:
+    def layer(x_BTD: jax.Array, own: tuple[Any, jax.Array | None]) -> tuple[jax.Array, jax.Array | None]:
+        params, number = own
         block = nnx.merge(graph, params)
         if not isinstance(block, Block):
             return run_alone(block, x_BTD, places)
-        y_BTD, stats = block.run(x_BTD, weights_BT, places)
+        y_BTD, stats = block.run(x_BTD, weights_BT, places, layer=number)
         return y_BTD, stats.loss
 
-    y_BTD, losses = jax.lax.scan(rematerialize(layer, remat), x_BTD, params_L)
+    y_BTD, losses = jax.lax.scan(rematerialize(layer, remat), x_BTD, (params_L, numbers_L))
     return y_BTD, jnp.zeros((), jnp.float32) if losses is None else losses.sum()
 
 

@@ -15,12 +15,14 @@ softmax's sum, and the backward recomputes the scores.
 from collections.abc import Iterator
 from functools import partial, reduce
 from operator import add
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
+
+from .options.by_layer import choose_window
 
 FLASH_OUTPUTS = "flash_outputs"
 """Checkpoint name of attention's outputs: rematerialization keeps them, so the backward does not recompute them."""
@@ -36,7 +38,14 @@ _HIDDEN = -1e30
 
 
 def attend_blockwise(
-    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, window: int, segments_BT: jax.Array | None = None
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    window: int,
+    segments_BT: jax.Array | None = None,
+    *,
+    is_windowed: jax.Array | None = None,
+    cap: float = 0.0,
 ) -> jax.Array:
     """Compute causal attention, within the last `window` tokens unless that is 0.
 
@@ -45,15 +54,29 @@ def attend_blockwise(
 
     Args:
         segments_BT: the number of each token's document; a token sees those of its own document alone.
+        is_windowed: whether the window counts, bool []; it does if left out.
+        cap: the soft cap of scores, 0 for none.
     """
-    return _attend(q_BTNH, k_BTKH, v_BTKH, segments_BT, window)
+    return _attend(q_BTNH, k_BTKH, v_BTKH, Limits(segments_BT, is_windowed), Scoring(window, cap))
+
+
+class Scoring(NamedTuple):
+    """The window of a query, and the cap c of scores s, c tanh(s / c); 0 for none."""
+
+    window: int = 0
+    cap: float = 0.0
+
+
+class Limits(NamedTuple):
+    """What limits the keys that a query sees: documents [B, T], and whether the window counts, bool []."""
+
+    segments: jax.Array | None = None
+    is_windowed: jax.Array | None = None
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend(
-    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array | None, window: int
-) -> jax.Array:
-    return _forward(q_BTNH, k_BTKH, v_BTKH, segments_BT, window)[0]
+def _attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, limits: Limits, how: Scoring) -> jax.Array:
+    return _forward(q_BTNH, k_BTKH, v_BTKH, limits, how)[0]
 
 
 class Saved(NamedTuple):
@@ -69,24 +92,34 @@ class Saved(NamedTuple):
     segments: jax.Array | None
     y: jax.Array
     sums: jax.Array
+    is_windowed: jax.Array | None = None
 
 
 def _forward(
-    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array | None, window: int
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, limits: Limits, how: Scoring
 ) -> tuple[jax.Array, Saved]:
     # Batched products want heads before tokens: transposed once here, not in every product.
     q_BKGTH = heads_first(q_BTNH, k_BTKH.shape[2])
     k_BKTH, v_BKTH = jnp.swapaxes(k_BTKH, 1, 2), jnp.swapaxes(v_BTKH, 1, 2)
-    mixed_BKGTH, sums_BKGT = attend_blocks(q_BKGTH, k_BKTH, v_BKTH, segments_BT, window=window, dtype=q_BTNH.dtype)
+
+    def run(window: int, *given: Any) -> tuple[jax.Array, jax.Array]:
+        return attend_blocks(*given, how=how._replace(window=window), dtype=q_BTNH.dtype)
+
+    given = (q_BKGTH, k_BKTH, v_BKTH, limits.segments)
+    mixed_BKGTH, sums_BKGT = choose_window(limits.is_windowed, how.window, run, *given)
     y_BTNH, sums_BKGT = checkpoint_name((tokens_first(mixed_BKGTH), sums_BKGT), FLASH_OUTPUTS)
-    return y_BTNH, Saved(q_BKGTH, k_BKTH, v_BKTH, segments_BT, y_BTNH, sums_BKGT)
+    return y_BTNH, Saved(*given, y_BTNH, sums_BKGT, limits.is_windowed)
 
 
-def _backward(
-    window: int, saved: Saved, grad_BTNH: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+def _backward(how: Scoring, saved: Saved, grad_BTNH: jax.Array) -> tuple[Any, ...]:
     grad_BKGTH, delta_BKGT = heads_first(grad_BTNH, saved.k.shape[1]), softmax_delta(saved, grad_BTNH)
-    d_q, d_k, d_v = block_grads(saved, grad_BKGTH, delta_BKGT, window=window)
+
+    def run(window: int, *given: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+        *saved, grad_BKGTH, delta_BKGT = given
+        return block_grads(Saved(*saved), grad_BKGTH, delta_BKGT, how=how._replace(window=window))
+
+    given = (*saved[:6], grad_BKGTH, delta_BKGT)
+    d_q, d_k, d_v = choose_window(saved.is_windowed, how.window, run, *given)
     scale, dtype = saved.q.shape[-1] ** -0.5, saved.y.dtype
     d_k_BTKH, d_v_BTKH = (jnp.swapaxes(d_BKTH, 1, 2).astype(dtype) for d_BKTH in (d_k * scale, d_v))
     return tokens_first(d_q * scale).astype(dtype), d_k_BTKH, d_v_BTKH, None
@@ -111,29 +144,29 @@ def attend_blocks(
     v_BKTH: jax.Array,
     segments_BT: jax.Array | None,
     *,
-    window: int,
+    how: Scoring,
     dtype: DTypeLike,
 ) -> tuple[jax.Array, jax.Array]:
     """Compute causal attention block by block: mixed[B, K, G, T, H] in `dtype`, and sums [B, K, G, T] in float32."""
     mixed, sums = [], []
-    for rows, keys in _blocks(q_BKGTH.shape[3], window):
-        seen = _seen_in_block(rows, keys, window, segments_BT)
-        own = attend_tile(q_BKGTH[..., rows, :], k_BKTH[:, :, keys], v_BKTH[:, :, keys], seen)
+    for rows, keys in _blocks(q_BKGTH.shape[3], how.window):
+        seen = _seen_in_block(rows, keys, how.window, segments_BT)
+        own = attend_tile(q_BKGTH[..., rows, :], k_BKTH[:, :, keys], v_BKTH[:, :, keys], seen, cap=how.cap)
         mixed.append(own.mixed.astype(dtype))
         sums.append(own.sums)
     return jnp.concatenate(mixed, axis=3), jnp.concatenate(sums, axis=3)
 
 
 def block_grads(
-    saved: Saved, grad_BKGTH: jax.Array, delta_BKGT: jax.Array, *, window: int
+    saved: Saved, grad_BKGTH: jax.Array, delta_BKGT: jax.Array, *, how: Scoring
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return gradients of queries [B, K, G, T, H], keys and values [B, K, T, H], in float32; two of them not scaled."""
     num_tokens = saved.q.shape[3]
     d_q, d_k, d_v = [], [], []
-    for rows, keys in _blocks(num_tokens, window):
-        seen = _seen_in_block(rows, keys, window, saved.segments)
+    for rows, keys in _blocks(num_tokens, how.window):
+        seen = _seen_in_block(rows, keys, how.window, saved.segments)
         given = QueryTile(saved.q[..., rows, :], grad_BKGTH[..., rows, :], delta_BKGT[..., rows], saved.sums[..., rows])
-        d_q_BKGtH, d_k_BKsH, d_v_BKsH = tile_grads(given, saved.k[:, :, keys], saved.v[:, :, keys], seen)
+        d_q_BKGtH, d_k_BKsH, d_v_BKsH = tile_grads(given, saved.k[:, :, keys], saved.v[:, :, keys], seen, cap=how.cap)
         d_q.append(d_q_BKGtH)
         # A block's gradient of keys and values, padded to all of them: sums of whole arrays, no scatter.
         around = [(0, 0), (0, 0), (keys.start, num_tokens - keys.stop), (0, 0)]
@@ -162,9 +195,9 @@ class QueryTile(NamedTuple):
     sums: jax.Array
 
 
-def attend_tile(q_BKGtH: jax.Array, k_BKsH: jax.Array, v_BKsH: jax.Array, seen: jax.Array) -> Tile:
+def attend_tile(q_BKGtH: jax.Array, k_BKsH: jax.Array, v_BKsH: jax.Array, seen: jax.Array, *, cap: float = 0.0) -> Tile:
     """Return attention of queries to keys, both float32; seen[B or 1, 1, 1, t, s] says which key each sees."""
-    scores_BKGts = _scores(q_BKGtH, k_BKsH, seen)
+    scores_BKGts = jnp.where(seen, cap_scores(_scores(q_BKGtH, k_BKsH), cap), _HIDDEN)
     top_BKGt = scores_BKGts.max(-1)
     exp_BKGts = jnp.exp(scores_BKGts - top_BKGt[..., None])
     sum_BKGt = exp_BKGts.sum(-1)
@@ -173,16 +206,21 @@ def attend_tile(q_BKGtH: jax.Array, k_BKsH: jax.Array, v_BKsH: jax.Array, seen: 
 
 
 def tile_grads(
-    of: QueryTile, k_BKsH: jax.Array, v_BKsH: jax.Array, seen: jax.Array
+    of: QueryTile, k_BKsH: jax.Array, v_BKsH: jax.Array, seen: jax.Array, *, cap: float = 0.0
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return gradients of queries [B, K, G, t, H], keys and values [B, K, s, H] by the scores of a tile, float32.
 
     Those of queries and keys are still to be scaled by H ** -0.5.
     """
     dtype = of.q.dtype
-    share_BKGts = jnp.exp(_scores(of.q, k_BKsH, seen) - of.sums[..., None])
+    scores_BKGts = cap_scores(_scores(of.q, k_BKsH), cap)
+    share_BKGts = jnp.exp(jnp.where(seen, scores_BKGts, _HIDDEN) - of.sums[..., None])
     d_share_BKGts = _einsum("bkgth,bksh->bkgts", of.grad, v_BKsH)
-    d_scores_BKGts = (share_BKGts * (d_share_BKGts - of.delta[..., None])).astype(dtype)
+    d_scores_BKGts = share_BKGts * (d_share_BKGts - of.delta[..., None])
+    if cap:
+        # The derivative of c tanh(s / c) is 1 - tanh(s / c)^2.
+        d_scores_BKGts *= 1 - jnp.square(scores_BKGts / cap)
+    d_scores_BKGts = d_scores_BKGts.astype(dtype)
     d_q_BKGtH = _einsum("bkgts,bksh->bkgth", d_scores_BKGts, k_BKsH)
     d_k_BKsH = _einsum("bkgts,bkgth->bksh", d_scores_BKGts, of.q)
     return d_q_BKGtH, d_k_BKsH, _einsum("bkgts,bkgth->bksh", share_BKGts.astype(dtype), of.grad)
@@ -229,10 +267,14 @@ def seen_keys(
     return seen[:, None, None]
 
 
-def _scores(q_BKGtH: jax.Array, k_BKsH: jax.Array, seen: jax.Array) -> jax.Array:
+def _scores(q_BKGtH: jax.Array, k_BKsH: jax.Array) -> jax.Array:
     # Scaled in float32: queries in the compute dtype would be rounded once more.
-    scores_BKGts = _einsum("bkgth,bksh->bkgts", q_BKGtH, k_BKsH) * q_BKGtH.shape[-1] ** -0.5
-    return jnp.where(seen, scores_BKGts, _HIDDEN)
+    return _einsum("bkgth,bksh->bkgts", q_BKGtH, k_BKsH) * q_BKGtH.shape[-1] ** -0.5
+
+
+def cap_scores(scores: jax.Array, cap: float) -> jax.Array:
+    """Return c tanh(s / c) of scores or logits in float32, or themselves without a cap (Gemma Team 2024, section 2)."""
+    return jnp.tanh(scores / cap) * cap if cap else scores
 
 
 def _einsum(formula: str, *arrays: jax.Array) -> jax.Array:

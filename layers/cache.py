@@ -23,6 +23,7 @@ from jax.typing import DTypeLike
 from ..meshes import DEFAULT_RULES, ModelError, ShardingRules
 from ..meshes.arguments import check_choice, check_count
 from ..meshes.device_axes import mark_varying, varying_axes
+from .blockwise import cap_scores
 from .config import ModelConfig
 
 CacheDtype = Literal["float32", "bfloat16", "fp8"]
@@ -34,6 +35,8 @@ Keys = Literal["keys", "keys_and_values"]
 
 BLOCK = 256
 """Number of cached tokens that attention reads at a time."""
+
+_ENDLESS = 1 << 30
 
 
 @jax.tree_util.register_dataclass
@@ -120,16 +123,26 @@ class NewTokens:
         return self.starts[:, None] + jnp.arange(num_tokens)[None]
 
 
+class CacheScoring(NamedTuple):
+    """How new tokens attend to cached ones.
+
+    window: number of visible tokens, the token itself included; 0 is all.
+    is_windowed: whether the window counts in this layer, bool []; it does if left out.
+    keys: what queries are multiplied with.
+    scale: what scores are multiplied with; 1 / sqrt(H) if left out.
+    cap: the soft cap of scores, 0 for none.
+    """
+
+    window: int = 0
+    is_windowed: jax.Array | None = None
+    keys: Keys = "keys"
+    scale: float | None = None
+    cap: float = 0.0
+
+
 @jax.named_scope("attend")
 def attend(
-    q_BTNH: jax.Array,
-    *,
-    cache: KVCache,
-    layer: jax.Array | int,
-    new: NewTokens,
-    window: int = 0,
-    keys: Keys = "keys",
-    scale: float | None = None,
+    q_BTNH: jax.Array, *, cache: KVCache, layer: jax.Array | int, new: NewTokens, scoring: CacheScoring
 ) -> jax.Array:
     """Compute attention of new tokens to the cache: cached token s is visible from position s on.
 
@@ -139,22 +152,22 @@ def attend(
     It reads blocks of about `BLOCK` tokens, from the first that a window shows to the last that any row has filled:
     their number is data. The softmax is a running one (Milakov and Gimelshein 2018, section 3), to which a block that
     a row does not see adds exactly nothing: no row depends on the others. Unused places may hold anything.
-
-    Args:
-        window: number of visible tokens, the token itself included; 0 is all.
-        keys: what queries are multiplied with.
-        scale: what scores are multiplied with; by default 1 / sqrt(H).
     """
     num_rows, num_tokens, num_heads, size = q_BTNH.shape
     num_pages = min(max(BLOCK // cache.page, 1), new.pages.shape[1])
     new = replace(new, pages=jnp.pad(new.pages, ((0, 0), (0, -new.pages.shape[1] % num_pages))))
     # Queries of one key/value head side by side: then both products are plain ones for each row and head.
     q_BKGTH = q_BTNH.reshape(num_rows, num_tokens, cache.keys.shape[2], -1, size).transpose(0, 2, 3, 1, 4)
-    scale = size**-0.5 if scale is None else scale
-    how: dict[str, Any] = {"num_pages": num_pages, "num_tokens": num_tokens, "window": window, "keys": keys}
+    scale = size**-0.5 if scoring.scale is None else scoring.scale
+    # A window that does not count is longer than any sequence.
+    window: Any = scoring.window
+    if scoring.is_windowed is not None:
+        window = jnp.where(scoring.is_windowed, window, _ENDLESS)
+    how: dict[str, Any] = {"num_pages": num_pages, "num_tokens": num_tokens, "window": window, "keys": scoring.keys}
 
     def add_block(number: jax.Array, so_far: _Softmax) -> _Softmax:
-        return _add_block(so_far, q_BKGTH, _read_block(number, cache, layer, new, **how), scale=scale)
+        block = _read_block(number, cache, layer, new, **how)
+        return _add_block(so_far, q_BKGTH, block, scale=scale, cap=scoring.cap)
 
     first, last = _blocks_in_use(new, size=num_pages * cache.page, window=window)
     total = jax.lax.fori_loop(first, last, add_block, _nothing_seen(q_BKGTH, cache.values))
@@ -163,12 +176,13 @@ def attend(
     return mixed_BKGTU.transpose(0, 3, 1, 2, 4).reshape(num_rows, num_tokens, num_heads, -1)
 
 
-def _blocks_in_use(new: NewTokens, *, size: int, window: int) -> tuple[jax.Array | int, jax.Array]:
+def _blocks_in_use(new: NewTokens, *, size: int, window: int | jax.Array) -> tuple[jax.Array | int, jax.Array]:
     """Return the first block of `size` tokens that any row sees, and the end of the last."""
     is_real_B, end_B = new.counts > 0, new.starts + new.counts
     last = (jnp.where(is_real_B, end_B, 0).max() + size - 1) // size
-    first = jnp.maximum(jnp.where(is_real_B, new.starts + 1 - window, end_B).min(), 0) // size if window else 0
-    return first, last
+    if isinstance(window, int) and not window:
+        return 0, last
+    return jnp.maximum(jnp.where(is_real_B, new.starts + 1 - window, end_B).min(), 0) // size, last
 
 
 class _Block(NamedTuple):
@@ -187,7 +201,7 @@ def _read_block(
     *,
     num_pages: int,
     num_tokens: int,
-    window: int,
+    window: int | jax.Array,
     keys: Keys,
 ) -> _Block:
     """Return a block of `num_pages` pages of each row, as `num_tokens` new tokens see it."""
@@ -199,7 +213,7 @@ def _read_block(
     positions_BT1 = new.positions(num_tokens)[..., None]
     is_used_BS = place_1S < (new.starts + new.counts)[:, None]
     is_seen_BTS = is_used_BS[:, None] & (place_1S[None] <= positions_BT1)
-    if window:
+    if not isinstance(window, int) or window:
         is_seen_BTS &= place_1S[None] > positions_BT1 - window
     # A weight of 0 does not hide a NaN of an unused place.
     return _Block(keys_BKSH, jnp.where(is_used_BS[:, None, :, None], values_BKSU, 0), is_seen_BTS)
@@ -221,10 +235,10 @@ def _nothing_seen(q_BKGTH: jax.Array, values: Any) -> _Softmax:
     return _Softmax(*(mark_varying(x, both) for x in (top, sum_, mixed)))
 
 
-def _add_block(so_far: _Softmax, q_BKGTH: jax.Array, block: _Block, *, scale: float) -> _Softmax:
+def _add_block(so_far: _Softmax, q_BKGTH: jax.Array, block: _Block, *, scale: float, cap: float) -> _Softmax:
     keys_BKSH, values_BKSU = (stored.astype(q_BKGTH.dtype) for stored in (block.keys, block.values))
     scores_BKGTS = jnp.einsum("bkgth,bksh->bkgts", q_BKGTH, keys_BKSH, preferred_element_type=jnp.float32)
-    scores_BKGTS = jnp.where(block.is_seen[:, None, None], scores_BKGTS * scale, -jnp.inf)
+    scores_BKGTS = jnp.where(block.is_seen[:, None, None], cap_scores(scores_BKGTS * scale, cap), -jnp.inf)
     top = jnp.maximum(so_far.top, scores_BKGTS.max(-1, keepdims=True))
     # Of a row that has seen nothing yet the largest is -inf, and -inf - -inf is NaN.
     finite_top = jnp.where(top == -jnp.inf, 0.0, top)

@@ -14,6 +14,7 @@ from ..meshes.errors import shown
 from .experts.check_config import check_experts
 from .latent.check_config import check_latents
 from .lora.check_config import check_lora
+from .options.check_config import check_options
 from .own.check_config import check_own
 from .rope.check_config import check_rope
 
@@ -36,9 +37,14 @@ class ModelConfig:
     `num_kv_heads`, `head_size` and `ffn_size` may be left out: they become `num_heads` (multi-head attention),
     `hidden_size / num_heads`, and 4 x hidden (GELU) or 8/3 x hidden rounded up to 64 (SwiGLU).
 
-    `bias` "qkv" is Qwen 2's: only queries, keys and values have one. `qk_norm` is Qwen 3's: an RMSNorm over the
-    features of every query and key head. `attention_window` is the number of tokens visible to a token, itself
-    included; 0 is all. `attention` selects the kernel, see `flash.py`; `rope_scaling` is explained in
+    `mlp` "geglu" and `norm` "rmsnorm1p" are Gemma's: gelu(gate) x up, and an RMSNorm whose scale is stored minus one.
+    `bias` "qkv" is Qwen 2's: only queries, keys and values have one. `qk_norm` "on" is Qwen 3's, an RMSNorm over the
+    features of every query and key head; "whole" is OLMo 2's, over those of all heads. `norm_place` says whether
+    attention and feed-forward layers have a norm of their input, of their output (OLMo 2), or of both (Gemma 2).
+
+    `attention_window` is the number of tokens visible to a token, itself included; 0 is all. `attention_pattern` names
+    the kinds of attention of the layers, repeated, where they differ: "full", "window" or "unrotated", see
+    `options/by_layer.py`. `attention` selects the kernel, see `flash.py`; `rope_scaling` is explained in
     `rope/frequencies.py`. `rope_head_size` is the number of features of a head that are rotated; 0 is all.
 
     With `latent_size` keys and values of all heads are computed from one vector of that size, DeepSeek's; see
@@ -54,6 +60,10 @@ class ModelConfig:
 
     In training `dropout` is the share of the numbers of every branch, attention's and the feed-forward's, that are set
     to zero, and `stochastic_depth` that of the branches of the last layer, see `dropout.py`.
+
+    Granite multiplies rows of the embedding by `embedding_scale`, what layers add to the residual stream by
+    `residual_scale`, and logits by `logit_scale`; `attention_scale` is the factor of scores, 1 / sqrt(head_size) if it
+    is 0. Gemma 2 caps scores and logits, c tanh(s / c), by `attention_softcap` and `logit_softcap`. See `options/`.
 
     With `lora_rank` the linear layers `lora_targets`, all if left out, have adapters, and all else is frozen; see
     `lora/`.
@@ -71,9 +81,10 @@ class ModelConfig:
     head_size: int = 0
     ffn_size: int = 0
     max_tokens: int = 2048
-    mlp: Literal["gelu", "swiglu"] = "gelu"
-    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    mlp: Literal["gelu", "swiglu", "geglu"] = "gelu"
+    norm: Literal["layernorm", "rmsnorm", "rmsnorm1p"] = "layernorm"
     norm_epsilon: float = 1e-5
+    norm_place: Literal["before", "after", "both"] = "before"
     positions: Literal["learned", "rotary"] = "learned"
     rope_theta: float = 10_000.0
     rope_scaling: Literal["none", "linear", "llama3", "yarn"] = "none"
@@ -89,7 +100,10 @@ class ModelConfig:
     value_head_size: int = 0
     attention: Literal["auto", "xla", "cudnn"] = "auto"
     attention_window: int = 0
-    qk_norm: Literal["on", "off"] = "off"
+    attention_pattern: tuple[str, ...] = ()
+    window_rope_theta: float = 0.0
+    attention_softcap: float = 0.0
+    qk_norm: Literal["on", "whole", "off"] = "off"
     bias: Literal["on", "qkv", "off"] = "on"
     num_experts: int = 0
     experts_per_token: int = 0
@@ -115,6 +129,11 @@ class ModelConfig:
     dims: tuple[str, ...] = ()
     dropout: float = 0.0
     stochastic_depth: float = 0.0
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    attention_scale: float = 0.0
+    logit_scale: float = 1.0
+    logit_softcap: float = 0.0
     lora_rank: int = 0
     lora_alpha: float = 0.0
     lora_targets: tuple[str, ...] = ()
@@ -145,6 +164,7 @@ class ModelConfig:
         check_latents(self)
         check_experts(self)
         check_lora(self)
+        check_options(self)
         check_own(self)
         self._check_noise()
 
@@ -152,7 +172,8 @@ class ModelConfig:
         if self.attention == "cudnn" and not self.can_be_fused:
             raise ModelError(
                 f"attention='cudnn' with dtype={self.dtype!r} and head_size={self.head_size}: cuDNN's flash attention "
-                f"takes bfloat16 and heads of a multiple of 8 features, at most {LARGEST_FUSED_HEAD}.",
+                f"takes bfloat16 and heads of a multiple of 8 features, at most {LARGEST_FUSED_HEAD}"
+                f"{', and no attention_softcap' if self.attention_softcap else ''}.",
                 fix="set attention='auto', dtype='bfloat16', or another head_size.",
             )
 
@@ -231,12 +252,22 @@ class ModelConfig:
         return "on" if self.bias == "on" else "off"
 
     @property
+    def is_gated(self) -> bool:
+        """Whether the feed-forward has a gate beside the layer up."""
+        return self.mlp != "gelu"
+
+    @property
+    def num_block_norms(self) -> int:
+        """Number of norms of a block's inputs and outputs."""
+        return 4 if self.norm_place == "both" else 2
+
+    @property
     def can_be_fused(self) -> bool:
         """Whether cuDNN's flash attention supports this dtype and head size on every GPU from Ampere on.
 
-        jax offers it for values as wide as keys alone, which those from latents are not.
+        jax offers it for values as wide as keys alone, which those from latents are not, and without caps of scores.
         """
-        if self.dtype != "bfloat16" or self.latent_size:
+        if self.dtype != "bfloat16" or self.latent_size or self.attention_softcap:
             return False
         return self.head_size % 8 == 0 and self.head_size <= LARGEST_FUSED_HEAD
 

@@ -14,6 +14,7 @@ from .block import Remat
 from .config import ModelConfig
 from .experts.kinds import layer_kinds
 from .lora.check_config import lora_targets
+from .options.by_layer import windows_of_layers
 from .own.check_config import has_own_classes
 from .own.counts import block_params, norm_params, own_flops
 from .own.trace import kept_bytes
@@ -139,10 +140,10 @@ def _block_params(config: ModelConfig) -> int:
         return block_params(config)
     biases = config.query_size + 2 * config.kv_size if config.qkv_bias == "on" else 0
     if config.other_bias == "on":
-        biases += 2 * config.hidden_size + (2 if config.mlp == "swiglu" else 1) * config.ffn_size
+        biases += 2 * config.hidden_size + (2 if config.is_gated else 1) * config.ffn_size
     if config.router_bias == "on":
         biases += config.num_experts
-    norms = 2 * _norm_params(config) + attention_norms(config)
+    norms = config.num_block_norms * _norm_params(config) + attention_norms(config)
     return _block_weights(config, experts=config.num_experts) + biases + norms
 
 
@@ -180,9 +181,11 @@ def flops_per_token(
     full = 2 * num_tokens * (config.query_size + config.value_size) * config.num_layers
     if config.block or config.attention_class:
         full = 0
-    window = min(config.attention_window or num_tokens, num_tokens)
-    # Of the T x T scores, w (2T - w) / 2 are visible: a triangle of side T less one of side T - w.
-    causal = full * window * (2 * num_tokens - window) // (2 * num_tokens**2)
+    causal = 0
+    for own in windows_of_layers(config):
+        window = min(own or num_tokens, num_tokens)
+        # Of the T x T scores, w (2T - w) / 2 are visible: a triangle of side T less one of side T - w.
+        causal += full // config.num_layers * window * (2 * num_tokens - window) // (2 * num_tokens**2)
     adapters, scores = _adapter_params(config), full if attention == "full" else causal
     own = config.num_layers * own_flops(config, num_tokens=num_tokens)
     return FlopCounts(weights=2 * (weights + adapters) + own, scores=scores, frozen=2 * weights if adapters else 0)
@@ -206,9 +209,9 @@ def activation_bytes(
         none  4D + (2N + 2K)H/t + (2 or 3)F/t    x, the norms, the input of each matmul
 
     With sequence parallelism every D is D/t. "dots" and "none" also keep a float32 number for each query and head;
-    "none" keeps (N + K)H/t more where queries and keys are normalized. Both keep r for each adapter; with magnitudes
-    "none" keeps what adapted layers give once more, and "dots" D if down is one. Experts keep shared features as F, and
-    2D + (1 to 3)F'/t a row; "none" is within 1% there. A class of the user's keeps what the jaxpr of its vjp does.
+    "none" keeps (N + K)H/t more where queries and keys are normalized; norms of outputs keep up to 2D more. Both keep r
+    for each adapter; with magnitudes "none" keeps what adapted layers give once more, and "dots" D if down is one.
+    Experts keep shared features as F, and 2D + (1 to 3)F'/t a row, within 1%; own classes what their vjp's jaxpr does.
 
     Args:
         num_sequences: sequences of the microbatch on one data shard.
@@ -225,7 +228,7 @@ def activation_bytes(
         own = kept_bytes(config, num_tokens=num_tokens, tensor=tensor, sequence=sequence, remat=remat)
         return ActivationBytes(boundary=numbers * d * item_bytes, layer=num_sequences * own)
     kept = numbers * _kept_width(config, d=d, tensor=tensor, remat=remat) * item_bytes
-    sums = numbers * (config.num_heads // tensor) * _SUM_BYTES if remat != "full" else 0
+    sums = numbers * _kept_sums(config, tensor=tensor, remat=remat) * _SUM_BYTES
     experts = _expert_bytes(config, numbers, tensor=tensor, own=numbers * d // config.hidden_size, remat=remat)
     return ActivationBytes(boundary=numbers * d * item_bytes, layer=kept + sums + experts)
 
@@ -237,6 +240,12 @@ def _check_sizes(remat: Remat, sequence: Literal["off", "on"], **counts: int) ->
         check_count(name, count, error=ModelError)
 
 
+def _kept_sums(config: ModelConfig, *, tensor: int, remat: Remat) -> int:
+    """Return the float32 numbers that a layer keeps for one token: of the softmax, and mean squares over all heads."""
+    squares = 2 if config.qk_norm == "whole" and remat == "none" else 0
+    return 0 if remat == "full" else config.num_heads // tensor + squares
+
+
 def _expert_bytes(config: ModelConfig, num_tokens: int, *, tensor: int, own: int, remat: Remat) -> int:
     """Return the bytes that a mixture of experts keeps in one layer besides the width of a dense one.
 
@@ -246,7 +255,7 @@ def _expert_bytes(config: ModelConfig, num_tokens: int, *, tensor: int, own: int
     if not config.num_experts or remat == "full":
         return 0
     rows, f = config.num_experts * config.expert_rows(num_tokens), config.expert_size // tensor
-    num_up = 2 if config.mlp == "swiglu" else 1
+    num_up = 2 if config.is_gated else 1
     width = 2 * config.hidden_size + (num_up + (remat == "none")) * f
     # Logits of the router; without rematerialization also its scores' parts, and where each pair goes.
     numbers = own * config.num_experts
@@ -262,14 +271,17 @@ def _kept_width(config: ModelConfig, *, d: int, tensor: int, remat: Remat) -> in
         d: features of x for one token on this device, on average.
     """
     f = (config.shared_size if config.num_experts else config.ffn_size) // tensor
-    own, num_up = attention_widths(config, tensor=tensor), 2 if config.mlp == "swiglu" else 1
+    own, num_up = attention_widths(config, tensor=tensor), 2 if config.is_gated else 1
     # Vectors that are whole over tensor, of as many tokens as x is.
     latents, shared = (width * d // config.hidden_size for width in (own.latents, own.shared))
     targets = lora_targets(config)
     small = config.lora_rank * len(targets)
-    normed_heads = own.query + own.key if config.qk_norm == "on" else 0
-    dots = 2 * d + own.projected + own.mixed + latents + shared + num_up * f + small
-    none = 4 * d + own.query + own.key + own.value + own.mixed + 2 * latents + (num_up + 1) * f + normed_heads + small
+    normed_heads = own.query + own.key if config.qk_norm != "off" else 0
+    # A norm keeps its input: where it follows the last product, that product's output.
+    num_outputs, num_whole = 2 if config.norm_place == "before" else 3, 2 + config.num_block_norms
+    dots = num_outputs * d + own.projected + own.mixed + latents + shared + num_up * f + small
+    none = num_whole * d + own.query + own.key + own.value + own.mixed + 2 * latents
+    none += (num_up + 1) * f + normed_heads + small
     if config.lora_magnitude == "on":
         # The gradient of a magnitude takes the column before it is scaled.
         outs = {"query": own.query, "key": own.key, "value": own.value, "out": d, "gate": f, "up": f, "down": d}
@@ -286,7 +298,7 @@ def _block_weights(config: ModelConfig, *, experts: int) -> int:
         experts: of a mixture of experts, how many are counted: all, or those that a token uses.
     """
     d = config.hidden_size
-    num_ffn = 3 if config.mlp == "swiglu" else 2
+    num_ffn = 3 if config.is_gated else 2
     attention = 0 if config.block or config.attention_class else attention_weights(config)
     if config.block or config.mlp_class:
         return attention

@@ -46,6 +46,9 @@ class Embedding(nnx.Module):
         limit = self.config.max_tokens if self.positions is not None and positions_BT is None else None
         check_token_ids(tokens_BT, max_tokens=limit)
         x_BTD = lookup(self.table[...], tokens_BT, dtype=self.config.dtype, rules=self.rules)
+        if self.config.embedding_scale != 1:
+            # Rounded to the compute dtype, as in transformers: Gemma was trained so.
+            x_BTD = x_BTD * jnp.asarray(self.config.embedding_scale, x_BTD.dtype)
         if self.positions is not None:
             table_PD = self.positions[...]
             if positions_BT is None and manual_axes(context := self.rules.axes("tokens")):

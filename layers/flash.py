@@ -8,7 +8,7 @@ for every query.
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
@@ -18,6 +18,7 @@ from ..meshes.device_kind import device_kind as kind_of_devices
 from ..meshes.device_kind import is_nvidia
 from .blockwise import FLASH_OUTPUTS, attend_blockwise
 from .config import ModelConfig
+from .options.by_layer import choose_window
 
 Kernel = Literal["xla", "cudnn"]
 """The implementation of attention."""
@@ -44,19 +45,24 @@ def attend_causally(
     *,
     config: ModelConfig,
     segments_BT: jax.Array | None = None,
+    is_windowed: jax.Array | None = None,
 ) -> jax.Array:
     """Compute causal attention within the last `attention_window` tokens, and within each token's document.
 
     q[B@data, T, N@tensor, H], k and v[B@data, T, K@tensor, H] -> mixed[B@data, T, N@tensor, H]; no communication.
 
+    Args:
+        is_windowed: whether the window counts in this layer, bool []; it does if left out.
+
     Raises:
         ModelError: the config asks for a kernel that the devices do not support.
     """
+    window, cap = config.attention_window, config.attention_softcap
     # jax has no documents in cuDNN's attention.
     if choose_kernel(config) == "xla" or segments_BT is not None:
-        return attend_blockwise(q_BTNH, k_BTKH, v_BTKH, config.attention_window, segments_BT)
+        return attend_blockwise(q_BTNH, k_BTKH, v_BTKH, window, segments_BT, is_windowed=is_windowed, cap=cap)
     # Under `jax.jit` jax's own rule splits the kernel over batch and heads.
-    return _attend_flash(q_BTNH, k_BTKH, v_BTKH, config.attention_window)
+    return _attend_flash(q_BTNH, k_BTKH, v_BTKH, is_windowed, window)
 
 
 def attend_fused(
@@ -83,24 +89,34 @@ def attend_fused(
 
 
 # The gradient is written by hand so that rematerialization can keep the kernel's residuals by their name.
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _attend_flash(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, window: int) -> jax.Array:
-    return attend_fused(q_BTNH, k_BTKH, v_BTKH, window=window)
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend_flash(
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, is_windowed: jax.Array | None, window: int
+) -> jax.Array:
+    def run(window: int, *qkv: jax.Array) -> jax.Array:
+        return attend_fused(*qkv, window=window)
+
+    return choose_window(is_windowed, window, run, q_BTNH, k_BTKH, v_BTKH)
 
 
 def _flash_forward(
-    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, window: int
-) -> tuple[jax.Array, tuple[tuple[jax.Array, ...], list[jax.Array]]]:
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, is_windowed: jax.Array | None, window: int
+) -> tuple[jax.Array, Any]:
+    def run(window: int, *qkv: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+        return run_fused(partial(attend_fused, window=window), *qkv)
+
     qkv = q_BTNH, k_BTKH, v_BTKH
-    y_BTNH, made = checkpoint_name(run_fused(partial(attend_fused, window=window), *qkv), FLASH_OUTPUTS)
-    return y_BTNH, ((*qkv, y_BTNH), made)
+    y_BTNH, made = checkpoint_name(choose_window(is_windowed, window, run, *qkv), FLASH_OUTPUTS)
+    return y_BTNH, ((*qkv, y_BTNH), made, is_windowed)
 
 
-def _flash_backward(
-    window: int, saved: tuple[tuple[jax.Array, ...], list[jax.Array]], grad_BTNH: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    (*qkv, y_BTNH), made = saved
-    return fused_grads(partial(attend_fused, window=window), tuple(qkv), y_BTNH, made, grad_BTNH)
+def _flash_backward(window: int, saved: Any, grad_BTNH: jax.Array) -> tuple[Any, ...]:
+    def run(window: int, *given: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+        *qkv, y_BTNH, grad_BTNH = given[:5]
+        return fused_grads(partial(attend_fused, window=window), tuple(qkv), y_BTNH, list(given[5:]), grad_BTNH)
+
+    arrays, made, is_windowed = saved
+    return (*choose_window(is_windowed, window, run, *arrays, grad_BTNH, *made), None)
 
 
 _attend_flash.defvjp(_flash_forward, _flash_backward)

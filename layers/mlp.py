@@ -16,7 +16,7 @@ from .partitioning import INIT_STD
 
 
 class MLP(nnx.Module):
-    """GELU (`down(gelu(up(x)))`) or SwiGLU (`down(silu(gate(x)) * up(x))`, Shazeer 2020) over hidden features.
+    """GELU (`down(gelu(up(x)))`), SwiGLU (`down(silu(gate(x)) * up(x))`, Shazeer 2020) or GEGLU over hidden features.
 
     x[B@data, T, D] -> y[B@data, T, D], with F@tensor in between; one all-reduce forward, one backward.
 
@@ -28,7 +28,7 @@ class MLP(nnx.Module):
         self, config: ModelConfig, *, rngs: nnx.Rngs, rules: ShardingRules = DEFAULT_RULES, features: int = 0
     ) -> None:
         check_count("features", features, error=ModelError, least=0)
-        self.rules = rules
+        self.rules, self.act = rules, gelu_gate if config.mlp == "geglu" else swish_gate
         shared: dict[str, Any] = {
             "dim": "ffn",
             "bias": config.other_bias,
@@ -38,7 +38,7 @@ class MLP(nnx.Module):
             "rules": rules,
         }
         d, f = config.hidden_size, features or config.ffn_size
-        lora, is_gated = partial(lora_of, config), config.mlp == "swiglu"
+        lora, is_gated = partial(lora_of, config), config.is_gated
         self.up = ColumnLinear(d, f, lora=lora("up"), **shared)
         self.gate = ColumnLinear(d, f, lora=lora("gate"), **shared) if is_gated else nnx.data(None)
         self.gate_up: JoinedLinear | None = nnx.data(None)
@@ -50,9 +50,9 @@ class MLP(nnx.Module):
         """x[B@data, T, D] -> y[B@data, T, D]."""
         joined = self.gate_up or self._join()
         if joined is not None:
-            return self.down(swish_gate(*joined(x_BTD)))
+            return self.down(self.act(*joined(x_BTD)))
         up_BTF = self.up(x_BTD)
-        return self.down(gelu(up_BTF) if self.gate is None else swish_gate(self.gate(x_BTD), up_BTF))
+        return self.down(gelu(up_BTF) if self.gate is None else self.act(self.gate(x_BTD), up_BTF))
 
     def join(self) -> None:
         """Replace gate and up by one joined layer, where feed-forward features are split.
@@ -79,3 +79,9 @@ def gelu(up_BTF: jax.Array) -> jax.Array:
 def swish_gate(gate_BTF: jax.Array, up_BTF: jax.Array) -> jax.Array:
     """Return silu(gate) * up."""
     return jax.nn.silu(gate_BTF) * up_BTF
+
+
+@partial(jax.checkpoint, prevent_cse=False)
+def gelu_gate(gate_BTF: jax.Array, up_BTF: jax.Array) -> jax.Array:
+    """Return gelu(gate) * up, GELU in its approximation by tanh."""
+    return jax.nn.gelu(gate_BTF) * up_BTF

@@ -31,6 +31,7 @@ from ..meshes.device_axes import mark_varying, num_manual_blocks, sum_like, vary
 from .check_inputs import check_features, check_targets
 from .collectives import gather_tokens, leave_split, max_blocks, run_in_blocks
 from .loss import reject_unknown_targets, token_losses, weighted_sum
+from .options.logits import PLAIN_LOGITS, LogitShape
 
 CHUNK_TOKENS = 1024
 """Most tokens of a chunk for x of no more features than this; shared evenly, a chunk may have up to half fewer.
@@ -46,8 +47,9 @@ def projected_cross_entropy(
     weights_BT: jax.Array,
     *,
     rules: ShardingRules = DEFAULT_RULES,
+    shape: LogitShape = PLAIN_LOGITS,
 ) -> jax.Array:
-    """Return `cross_entropy` of the logits x @ table^T, without ever holding the logits of all tokens.
+    """Return `cross_entropy` of the logits x @ table^T, of a `shape`, without ever holding the logits of all tokens.
 
     x[B@data, T, D] in the compute dtype, table[V@tensor, D], targets[B@data, T], weights[B@data, T] -> []; where the
     rules split `stream_tokens`, inside `shard_map` x has this device's tokens, and targets and weights all.
@@ -66,7 +68,7 @@ def projected_cross_entropy(
         ShardingError: B does not split evenly over `data`, or V over its axes.
     """
     check_features(x_BTD, table_VD.shape[-1], layer="the head's table")
-    axes = _Axes(vocab=rules.axes("vocab"), tokens=rules.token_axes)
+    axes = _How(vocab=rules.axes("vocab"), tokens=rules.token_axes, shape=shape)
     check_targets(targets_BT, weights_BT, shape=(x_BTD.shape[0], x_BTD.shape[1] * num_manual_blocks(axes.tokens)))
     rules.check_in_context(("vocab", "embed"), shape=table_VD.shape, name="the head's table")
     rules.check_in_context(of_x := ("batch", "stream_tokens", "embed"), shape=x_BTD.shape, name="x")
@@ -87,6 +89,7 @@ def sequence_losses(
     weights_BT: jax.Array,
     *,
     rules: ShardingRules = DEFAULT_RULES,
+    shape: LogitShape = PLAIN_LOGITS,
 ) -> jax.Array:
     """Return the loss of each sequence, summed over its tokens: as `projected_cross_entropy`, without gradients.
 
@@ -99,12 +102,15 @@ def sequence_losses(
         ShardingError: as `projected_cross_entropy` does.
     """
     check_features(x_BTD, table_VD.shape[-1], layer="the head's table")
-    axes, of_x = _Axes(vocab=rules.axes("vocab"), tokens=rules.token_axes), ("batch", "stream_tokens", "embed")
+    axes, of_x = (
+        _How(vocab=rules.axes("vocab"), tokens=rules.token_axes, shape=shape),
+        ("batch", "stream_tokens", "embed"),
+    )
 
     def sum_losses(x_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array) -> jax.Array:
         targets_BT, weights_BT = reject_unknown_targets(targets_BT, weights_BT, table_VD.shape[0], axes.vocab)
         return _sum_sequences(
-            gather_tokens(x_BTD, axes.tokens), table_VD, targets_BT, weights_BT.astype(jnp.float32), axes=axes.vocab
+            gather_tokens(x_BTD, axes.tokens), table_VD, targets_BT, weights_BT.astype(jnp.float32), how=axes
         )
 
     in_dims = (of_x, ("vocab", "embed"), ("batch", "tokens"), ("batch", "tokens"))
@@ -120,7 +126,12 @@ class TokenScores(NamedTuple):
 
 
 def projected_scores(
-    x_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, *, rules: ShardingRules = DEFAULT_RULES
+    x_BTD: jax.Array,
+    table_VD: jax.Array,
+    targets_BT: jax.Array,
+    *,
+    rules: ShardingRules = DEFAULT_RULES,
+    shape: LogitShape = PLAIN_LOGITS,
 ) -> TokenScores:
     """Return the scores of targets by the logits x @ table^T, chunk by chunk: float32 and bool [B, T].
 
@@ -128,14 +139,14 @@ def projected_scores(
     outside the vocabulary has no score.
     """
     check_features(x_BTD, table_VD.shape[-1], layer="the head's table")
-    axes = _Axes(vocab=rules.axes("vocab"), tokens=rules.token_axes)
+    axes = _How(vocab=rules.axes("vocab"), tokens=rules.token_axes, shape=shape)
 
     def score(x_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
         whole_BTD, table_VD = gather_tokens(x_BTD, axes.tokens), table_VD.astype(x_BTD.dtype)
 
         def chunk(carry: None, part: tuple[jax.Array, ...]) -> tuple[None, tuple[jax.Array, jax.Array]]:
             x_BtD, targets_Bt = part
-            logits_BtV = _logits(x_BtD, table_VD)
+            logits_BtV = _logits(x_BtD, table_VD, shape)
             losses = token_losses(logits_BtV, targets_Bt, axes.vocab)
             top_Bt = max_blocks(logits_BtV.max(-1), axes.vocab)
             # The least word with the largest logit, as the largest of negative ones.
@@ -154,19 +165,20 @@ def projected_scores(
     return TokenScores(*run(x_BTD, table_VD, targets_BT))
 
 
-class _Axes(NamedTuple):
-    """The mesh axes that split the vocabulary, and those of them that split the tokens of x."""
+class _How(NamedTuple):
+    """The mesh axes that split the vocabulary, those of them that split the tokens of x, and the function of logits."""
 
     vocab: tuple[str, ...]
     tokens: tuple[str, ...]
+    shape: LogitShape
 
 
 # The gradient is written by hand since autodiff would either keep all logits or compute them again.
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _project(
-    x_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, axes: _Axes
+    x_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, axes: _How
 ) -> jax.Array:
-    return _sum_chunks(gather_tokens(x_BTD, axes.tokens), table_VD, targets_BT, weights_BT, axes=axes.vocab)
+    return _sum_chunks(gather_tokens(x_BTD, axes.tokens), table_VD, targets_BT, weights_BT, how=axes)
 
 
 class _Grads(NamedTuple):
@@ -179,17 +191,17 @@ class _Grads(NamedTuple):
 
 
 def _project_forward(
-    x_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, axes: _Axes
+    x_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, axes: _How
 ) -> tuple[jax.Array, Any]:
     whole_BTD = gather_tokens(x_BTD, axes.tokens)
-    grads = _differentiate_chunks(whole_BTD, table_VD, targets_BT, weights_BT, axes=axes.vocab)
+    grads = _differentiate_chunks(whole_BTD, table_VD, targets_BT, weights_BT, how=axes)
     # One sum after the loop, in the compute dtype, as every other gradient of an activation.
     over = tuple(axis for axis in axes.vocab if axis in axes.tokens or axis not in varying_axes(x_BTD))
     grads = grads._replace(x=leave_split(grads.x, over, tokens=axes.tokens))
     return grads.loss, (grads, x_BTD, table_VD, targets_BT, weights_BT)
 
 
-def _project_backward(_: _Axes, saved: Any, grad: jax.Array) -> tuple[Any, ...]:
+def _project_backward(_: _How, saved: Any, grad: jax.Array) -> tuple[Any, ...]:
     grads, x_BTD, table_VD, targets_BT, weights_BT = saved
     return (
         _return_to(x_BTD, grads.x * grad.astype(x_BTD.dtype)),
@@ -203,48 +215,50 @@ _project.defvjp(_project_forward, _project_backward)
 
 
 def _sum_chunks(
-    x_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, *, axes: tuple[str, ...]
+    x_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, *, how: _How
 ) -> jax.Array:
     """Compute the loss chunk by chunk: x[B, T, D], table[V@axes, D] -> []."""
     table_VD = table_VD.astype(x_BTD.dtype)
 
     def chunk(loss: jax.Array, part: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         x_BtD, targets_Bt, weights_Bt = part
-        losses = token_losses(_logits(x_BtD, table_VD), targets_Bt, axes)
+        losses = token_losses(_logits(x_BtD, table_VD, how.shape), targets_Bt, how.vocab)
         return loss + weighted_sum(weights_Bt, losses.loss), None
 
-    start = mark_varying(jnp.zeros((), jnp.float32), varying_axes(x_BTD, targets_BT, weights_BT, without=axes))
+    start = mark_varying(jnp.zeros((), jnp.float32), varying_axes(x_BTD, targets_BT, weights_BT, without=how.vocab))
     return _scan(chunk, start, _cut_tokens(x_BTD, targets_BT, weights_BT))[0]
 
 
 def _sum_sequences(
-    x_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, *, axes: tuple[str, ...]
+    x_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, *, how: _How
 ) -> jax.Array:
-    """Compute the loss of each sequence chunk by chunk: x[B, T, D], table[V@axes, D] -> [B]."""
+    """Compute the loss of each sequence chunk by chunk: x[B, T, D], table[V@vocab, D] -> [B]."""
     table_VD = table_VD.astype(x_BTD.dtype)
 
     def chunk(loss_B: jax.Array, part: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         x_BtD, targets_Bt, weights_Bt = part
-        losses = token_losses(_logits(x_BtD, table_VD), targets_Bt, axes)
+        losses = token_losses(_logits(x_BtD, table_VD, how.shape), targets_Bt, how.vocab)
         return loss_B + (weights_Bt * losses.loss).sum(-1), None
 
-    marks = varying_axes(x_BTD, targets_BT, weights_BT, without=axes)
+    marks = varying_axes(x_BTD, targets_BT, weights_BT, without=how.vocab)
     start_B = mark_varying(jnp.zeros(x_BTD.shape[0], jnp.float32), marks)
     return _scan(chunk, start_B, _cut_tokens(x_BTD, targets_BT, weights_BT))[0]
 
 
 def _differentiate_chunks(
-    x_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, *, axes: tuple[str, ...]
+    x_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, *, how: _How
 ) -> _Grads:
     """Compute the loss chunk by chunk, and its gradients: the table's in float32, that of x not summed over `axes`."""
     cast_VD = table_VD.astype(x_BTD.dtype)
 
     def chunk(sums: tuple[jax.Array, jax.Array], part: tuple[jax.Array, ...]) -> tuple[Any, Any]:
         x_BtD, targets_Bt, weights_Bt = part
-        losses = token_losses(_logits(x_BtD, cast_VD), targets_Bt, axes)
+        logits_BtV = _logits(x_BtD, cast_VD, how.shape)
+        losses = token_losses(logits_BtV, targets_Bt, how.vocab)
         # d loss / d logits = softmax - one-hot of the target, see loss.py.
         softmax_BtV = losses.exp / losses.sums[..., None]
         error_BtV = softmax_BtV - (losses.word == targets_Bt[..., None]).astype(jnp.float32)
+        error_BtV = how.shape.return_grad(error_BtV, logits_BtV)
         # In the compute dtype, as every other gradient of an activation: matmuls 2 and 3 run at its speed.
         error_BtV = (weights_Bt[..., None] * error_BtV).astype(x_BtD.dtype)
         # Tokens merged into one dim, as in product.py: XLA's CPU backend would transpose the activation first.
@@ -257,7 +271,7 @@ def _differentiate_chunks(
     # The carry of a scan keeps its type, so sums start with the marks that they end with.
     shared = varying_axes(x_BTD, targets_BT, weights_BT)
     start = (
-        mark_varying(jnp.zeros((), jnp.float32), varying_axes(x_BTD, targets_BT, weights_BT, without=axes)),
+        mark_varying(jnp.zeros((), jnp.float32), varying_axes(x_BTD, targets_BT, weights_BT, without=how.vocab)),
         mark_varying(jnp.zeros(table_VD.shape, jnp.float32), (*shared, *varying_axes(table_VD))),
     )
     (loss, grad_VD), parts = _scan(chunk, start, _cut_tokens(x_BTD, targets_BT, weights_BT))
@@ -265,8 +279,8 @@ def _differentiate_chunks(
     return _Grads(loss, grad_BTD.astype(x_BTD.dtype), grad_VD, loss_BT)
 
 
-def _logits(x_BTD: jax.Array, table_VD: jax.Array) -> jax.Array:
-    return jnp.einsum("btd,vd->btv", x_BTD, table_VD, preferred_element_type=jnp.float32)
+def _logits(x_BTD: jax.Array, table_VD: jax.Array, shape: LogitShape) -> jax.Array:
+    return shape.apply(jnp.einsum("btd,vd->btv", x_BTD, table_VD, preferred_element_type=jnp.float32))
 
 
 def _scan(chunk: Any, start: Any, parts: tuple[jax.Array, ...]) -> tuple[Any, Any]:

@@ -19,11 +19,13 @@ from .collectives import enter_split, gather_tokens
 from .config import ModelConfig
 from .context.places import Places
 from .embedding import Embedding
+from .experts.kinds import layer_kinds
 from .norms import apply_norm, make_norm
+from .options.logits import LogitShape
 from .own.make import add_dims
 from .partitioning import INIT_STD, make_param
 from .preference.dpo import PreferenceLoss, preference_loss
-from .projected_loss import TokenScores, projected_cross_entropy, projected_scores, sequence_losses
+from .projected_loss import TokenScores, projected_cross_entropy, projected_scores
 
 
 class Head(nnx.Module):
@@ -49,6 +51,7 @@ class Head(nnx.Module):
         x_BTD = gather_tokens(apply_norm(self.norm, x_BTD), self.rules.token_axes)
         x_BTD, table_VD = enter_split(x_BTD, table_VD, self.rules.axes("vocab"))
         logits_BTV = jnp.einsum("btd,vd->btv", x_BTD, table_VD, preferred_element_type=jnp.float32)
+        logits_BTV = LogitShape.of(self.config).apply(logits_BTV)
         return self.rules.constrain(logits_BTV, ("batch", "tokens", "vocab"))
 
     def loss(
@@ -60,26 +63,22 @@ class Head(nnx.Module):
         """
         table_VD = self._table(embedding_VD)
         x_BTD = apply_norm(self.norm, x_BTD)
-        return projected_cross_entropy(x_BTD, table_VD, targets_BT, weights_BT, rules=self.rules)
+        shape = LogitShape.of(self.config)
+        return projected_cross_entropy(x_BTD, table_VD, targets_BT, weights_BT, rules=self.rules, shape=shape)
 
     def preference_loss(
         self, x_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, *, embedding_VD: jax.Array, **pairs: Any
     ) -> PreferenceLoss:
         """Return the loss of pairs of rows (see `preference/dpo.py`, which has the other arguments)."""
         table_VD, x_BTD = self._table(embedding_VD), apply_norm(self.norm, x_BTD)
-        return preference_loss(x_BTD, table_VD, targets_BT, weights_BT, **pairs, rules=self.rules)
-
-    def sequence_losses(
-        self, x_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, *, embedding_VD: jax.Array
-    ) -> jax.Array:
-        """Return the loss of each sequence [B@data] without gradients (see `projected_loss.py`)."""
-        table_VD, x_BTD = self._table(embedding_VD), apply_norm(self.norm, x_BTD)
-        return sequence_losses(x_BTD, table_VD, targets_BT, weights_BT, rules=self.rules)
+        shape = LogitShape.of(self.config)
+        return preference_loss(x_BTD, table_VD, targets_BT, weights_BT, **pairs, rules=self.rules, shape=shape)
 
     def scores(self, x_BTD: jax.Array, targets_BT: jax.Array, *, embedding_VD: jax.Array) -> TokenScores:
         """Return the log-likelihood of each target, and whether it is the likeliest word, [B@data, T]."""
         x_BTD = apply_norm(self.norm, x_BTD)
-        return projected_scores(x_BTD, self._table(embedding_VD), targets_BT, rules=self.rules)
+        shape = LogitShape.of(self.config)
+        return projected_scores(x_BTD, self._table(embedding_VD), targets_BT, rules=self.rules, shape=shape)
 
     def _table(self, embedding_VD: jax.Array) -> jax.Array:
         return embedding_VD if self.table is None else self.table[...]
@@ -134,9 +133,11 @@ class Transformer(nnx.Module):
         """
         x_BTD = self.embed(tokens_BT, positions_BT=places.positions if places else None)
         of_routers = jnp.zeros((), jnp.float32)
-        for stack in stacks_of(self.blocks):
+        given: dict[str, Any] = {"weights_BT": weights_BT, "places": places, "remat": self.remat}
+        for stack, kind in zip(stacks_of(self.blocks), layer_kinds(self.config), strict=True):
             graph, params_L = nnx.split(stack)
-            x_BTD, own = run_blocks(graph, params_L, x_BTD, weights_BT=weights_BT, places=places, remat=self.remat)
+            own_L = kind.first + jnp.arange(kind.num_layers) if self.config.attention_pattern else None
+            x_BTD, own = run_blocks(graph, params_L, x_BTD, numbers_L=own_L, **given)
             of_routers += own
         return x_BTD, of_routers
 

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal
 
+import jax
+import jax.numpy as jnp
+
 from ..layers import ModelConfig, param_counts
 from ..layers.experts.kinds import LayerKind, layer_kinds, layers_by_kind
 from ..pipeline.model.balance import balance_times
@@ -41,6 +44,11 @@ class StageStack:
     def is_full(self) -> bool:
         """Whether no stage has padding here."""
         return self.first + self.size <= min(self.counts)
+
+    def number_of(self, index: jax.Array | int, rank: jax.Array | int) -> jax.Array | int:
+        """Return the number in the model of a layer of this array, on a rank."""
+        before = [self.kind.first + self.first + sum(self.counts[:stage]) for stage in range(len(self.counts))]
+        return index + (before[rank] if isinstance(rank, int) else jnp.asarray(before)[rank])
 
 
 def stage_stacks(config: ModelConfig, *, num_ranks: int, layers: LayerLoop) -> tuple[StageStack, ...]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...layers import ModelConfig
+from ...layers.options.check_config import options_of
 from ...layers.own.check_config import OWN_CLASSES
 from ...meshes.errors import shown
 from .tensor_names import TensorNames
@@ -34,6 +35,7 @@ class Architecture(ABC):
         counts: keys of whole numbers that may be 0.
         positive_numbers: keys of numbers above 0.
         supported: values that the architecture can have, by `ModelConfig` field, such as {"norm": ("rmsnorm",)}.
+        options: fields of `layers/options/` that the architecture can have at any value.
     """
 
     model_type: str
@@ -44,6 +46,7 @@ class Architecture(ABC):
     counts: tuple[str, ...]
     positive_numbers: tuple[str, ...]
     supported: Mapping[str, tuple[str, ...]]
+    options: tuple[str, ...] = ()
 
     @abstractmethod
     def resolve_keys(self, values: Values, warnings: list[str]) -> dict[str, Any]:
@@ -81,9 +84,17 @@ class Architecture(ABC):
         for field in OWN_CLASSES:
             if path := getattr(config, field):
                 yield f"model.{field}={path!r}, a class of your own"
+        for field, (value, default) in options_of(config).items():
+            if value != default and field not in (*self.supported, *self.options):
+                yield f"model.{field}={value!r}, not {default!r}"
         for field in ("num_experts", "latent_size", "lora_rank"):
             if getattr(config, field) and field not in self.sizes:
                 yield f"model.{field}={getattr(config, field)}, not 0"
+
+    def has_use(self, config: ModelConfig) -> bool:
+        """Return whether a model has one of the options of this architecture, if that has any; else others hold it."""
+        found = options_of(config)
+        return not self.options or any(found[name][0] != found[name][1] for name in self.options)
 
 
 def take_first(values: Values, names: Iterable[str], warnings: list[str]) -> Any:

@@ -1,6 +1,6 @@
-"""Implement `Architecture` for the models that share Llama's keys and tensors: Llama, Mistral, Qwen 2 and 3, Mixtral.
+"""Implement `Architecture` for the models that share Llama's keys and tensors: Llama, Mistral, Qwen, Phi, Gemma.
 
-All have RMSNorm, SwiGLU and rotary positions (Touvron et al., 2023, arXiv:2302.13971, section 2.2). Each
+All have RMSNorm, a gated feed-forward and rotary positions (Touvron et al., 2023, arXiv:2302.13971, section 2.2). Each
 member is a value of `LlamaFamily`, in its own file, with functions for the keys that the others do not have.
 """
 
@@ -78,6 +78,10 @@ def _find_nothing(_values: Values) -> Iterator[str]:
     return iter(())
 
 
+def _same(values: Values) -> Values:
+    return values
+
+
 def _resolve_nothing(_values: Values, _warnings: list[str]) -> dict[str, Any]:
     return {}
 
@@ -94,6 +98,10 @@ def _find_no_fields(_config: ModelConfig) -> Iterator[str]:
     return iter(())
 
 
+def _any_model(_config: ModelConfig) -> bool:
+    return True
+
+
 @final
 @dataclass(frozen=True, kw_only=True)
 class LlamaFamily(Architecture):
@@ -104,51 +112,65 @@ class LlamaFamily(Architecture):
         num_kv_heads: default of `num_key_value_heads`; 0 is the number of query heads.
         head_size: default of `head_dim`; 0 is hidden_size / num_heads.
         rope_theta: default of the base of rotary positions.
+        norm_epsilon: default of `rms_norm_eps`.
         rotated_part: default of `partial_rotary_factor`, the part of a head that is rotated; None if it is all of it.
+        activation: key of the activation function, and the one value that is supported, also its default.
         supported: as in `Architecture`, for fields that differ from Llama without biases.
         window_of_layer: returns the attention window of a layer in tokens, 0 for full attention; None if the
             architecture has no windows.
+        rope_keys: returns the keys with those of rotary positions as other architectures have them.
         resolve_more: returns one value for each more setting that several keys can give, as `resolve_keys` does.
         read_more: returns more fields of the `ModelConfig`.
         write_more: returns more keys of config.json.
         refuse_more: yields a line for each more setting that trellax cannot compute.
+        refuse_layers: yields the same for settings of single layers; called only if all sizes are valid.
         warn_more: yields a line for each key that is ignored.
         find_more_unsupported: yields a line for each more field that the architecture cannot have.
+        is_told_by: whether a model that the architecture can hold is written so without being asked.
     """
 
     max_tokens: int
     num_kv_heads: int = 0
     head_size: int = 0
     rope_theta: float = 10_000.0
+    norm_epsilon: float = 1e-6
     rotated_part: float | None = None
+    activation: tuple[str, str] = ("hidden_act", "silu")
     tensors: TensorNames = LLAMA_TENSORS
     sizes: Mapping[str, str] = field(default_factory=lambda: LLAMA_SIZES)
     optional_sizes: Mapping[str, str] = field(default_factory=lambda: _OPTIONAL_SIZES)
     counts: tuple[str, ...] = ("sliding_window", "max_window_layers")
     positive_numbers: tuple[str, ...] = ("rms_norm_eps",)
     supported: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    options: tuple[str, ...] = ()
     window_of_layer: Callable[[Values, int], int] | None = None
+    rope_keys: Callable[[Values], Values] = _same
     resolve_more: Callable[[Values, list[str]], dict[str, Any]] = _resolve_nothing
     read_more: Callable[[Values], dict[str, Any]] = _read_nothing
     write_more: Callable[[ModelConfig], dict[str, Any]] = _write_nothing
     refuse_more: Callable[[Values], Iterator[str]] = _find_nothing
+    refuse_layers: Callable[[Values], Iterator[str]] = _find_nothing
     warn_more: Callable[[Values], Iterator[str]] = _find_nothing
     find_more_unsupported: Callable[[ModelConfig], Iterator[str]] = _find_no_fields
+    is_told_by: Callable[[ModelConfig], bool] = _any_model
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "supported", _SUPPORTED | dict(self.supported))
 
     def resolve_keys(self, values: Values, warnings: list[str]) -> dict[str, Any]:
         """Return one table of rotary positions, under the key `rope`, and the settings of the member."""
-        rope = resolve_rope(values, max_tokens=self.max_tokens, theta=self.rope_theta, warnings=warnings)
+        rope = resolve_rope(
+            self.rope_keys(values), max_tokens=self.max_tokens, theta=self.rope_theta, warnings=warnings
+        )
         rope.setdefault("partial_rotary_factor", values.get("partial_rotary_factor", self.rotated_part or 1.0))
         warnings += self.warn_more(values)
         return {"rope": rope} | self.resolve_more(values, warnings)
 
     def find_unsupported_keys(self, values: Values) -> Iterator[str]:
         """Yield a line for each unsupported activation, rotary setting and key of the member."""
-        if values.get("hidden_act", "silu") != "silu":
-            yield f"hidden_act={shown(values['hidden_act'])}; only 'silu' is"
+        key, only = self.activation
+        if values.get(key, only) != only:
+            yield f"{key}={shown(values[key])}; only {only!r} is"
         yield from find_unsupported_rope(values, parts="whole" if self.rotated_part is None else "any")
         yield from self.refuse_more(values)
 
@@ -157,6 +179,7 @@ class LlamaFamily(Architecture):
         windows = {self._window(values, layer) for layer in range(values["num_hidden_layers"])}
         if len(windows) > 1:
             yield f"layers with attention windows of {sorted(windows)} (0 is none); all layers must have the same"
+        yield from self.refuse_layers(values)
 
     def read(self, values: Values) -> dict[str, Any]:
         """Return the fields of the family, and those of the member over them."""
@@ -171,7 +194,7 @@ class LlamaFamily(Architecture):
                 "head_size": values.get("head_dim") or self.head_size,
                 "mlp": "swiglu",
                 "norm": "rmsnorm",
-                "norm_epsilon": values.get("rms_norm_eps", 1e-6),
+                "norm_epsilon": values.get("rms_norm_eps", self.norm_epsilon),
                 "bias": "off",
                 "attention_window": self._window(values, 0),
                 "embeddings": "tied" if values.get("tie_word_embeddings", False) else "untied",
@@ -195,7 +218,7 @@ class LlamaFamily(Architecture):
         return (
             {key: getattr(config, own) for own, key in keys.items()}
             | {
-                "hidden_act": "silu",
+                self.activation[0]: self.activation[1],
                 "rms_norm_eps": config.norm_epsilon,
                 "tie_word_embeddings": config.embeddings == "tied",
                 "dtype": config.dtype,
@@ -207,11 +230,15 @@ class LlamaFamily(Architecture):
     def find_unsupported_fields(self, config: ModelConfig) -> Iterator[str]:
         """Yield a line for each unsupported choice, attention window and field of the member."""
         yield from super().find_unsupported_fields(config)
-        if config.attention_window and self.window_of_layer is None:
+        if config.attention_window and self.window_of_layer is None and "attention_pattern" not in self.options:
             yield f"model.attention_window={config.attention_window}, not 0"
         if config.rope_head_size and self.rotated_part is None and "rope_head_size" not in self.sizes:
             yield f"model.rope_head_size={config.rope_head_size}, not 0"
         yield from self.find_more_unsupported(config)
+
+    def has_use(self, config: ModelConfig) -> bool:
+        """Return whether a model has one of its options, if it has any, and is told by the rest."""
+        return super().has_use(config) and self.is_told_by(config)
 
     def _window(self, values: Values, layer: int) -> int:
         return 0 if self.window_of_layer is None else self.window_of_layer(values, layer)

@@ -18,16 +18,18 @@ _DENSE, _EXPERTS = "blocks.dense.", "blocks.experts."
 
 @dataclass(frozen=True, kw_only=True)
 class TensorPlace:
-    """The place of a parameter in a file: a tensor, or one of several equal parts of a tensor.
+    """The place of a parameter in a file: a tensor, or one of several parts of a tensor.
 
-    GPT-2 stores query, key and value as one tensor [in, 3 * out]; the key is part 1 of 3. torch's linear layers are
-    [out, in], the transpose of ours.
+    GPT-2 stores query, key and value as one tensor [in, 3 * out]; the key is part 1 of 3. Phi-3 does too, but its parts
+    are as wide as there are heads of each. torch's linear layers are [out, in], the transpose of ours.
 
     Args:
         name: name of the tensor, with `{layer}` if every layer has its own, and `{expert}` if every expert has.
         layout: "transposed" if the last two dimensions of the tensor are [out, in].
-        part: index of the parameter among the equal parts of the tensor's last dimension, in our layout.
+        part: index of the parameter among the parts of the tensor's last dimension, in our layout.
         num_parts: number of these parts; 1 if the tensor is the parameter.
+        joined: paths of the parameters that are the parts, in order, if these are not equally wide; `widths`, theirs in
+            one model, are filled in by `TensorNames.select`.
         first: layer of the model that is the first of the stack.
         dtype: "float32" for what files have in float32 whatever the others are in.
     """
@@ -36,6 +38,8 @@ class TensorPlace:
     layout: Literal["same", "transposed"] = "same"
     part: int = 0
     num_parts: int = 1
+    joined: tuple[str, ...] = ()
+    widths: tuple[int, ...] = ()
     first: int = 0
     dtype: Literal["any", "float32"] = "any"
 
@@ -52,7 +56,7 @@ class TensorPlace:
     def shape(self, parameter: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape of each tensor, given the shape of the parameter."""
         own = parameter[self.num_stacked :]
-        wide = (*own[:-1], own[-1] * self.num_parts)
+        wide = (*own[:-1], sum(self.widths) or own[-1] * self.num_parts)
         return _swap(wide) if self.layout == "transposed" else wide
 
     def index(self, own: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[slice, ...]:
@@ -64,7 +68,7 @@ class TensorPlace:
         """
         wide = shape[-2] if self.layout == "transposed" else shape[-1]
         # GPT-2's c_attn is [768, 3 * 768], and the key is part 1: its columns 0:64 are columns 768:832 of the tensor.
-        start = self.part * wide // self.num_parts
+        start = sum(self.widths[: self.part]) if self.widths else self.part * wide // self.num_parts
         moved = (*own[:-1], slice(own[-1].start + start, own[-1].stop + start))
         return _swap(moved) if self.layout == "transposed" else moved
 
@@ -101,7 +105,9 @@ class TensorNames:
             leaves: arrays or shapes by path.
         """
         num_dense = next((leaf.shape[0] for path, leaf in leaves.items() if path.startswith(_DENSE)), 0)
-        return {path: self._place(path, num_dense) for path in leaves}
+        places = {path: self._place(path, num_dense) for path in leaves}
+        widths = {path: tuple(leaves[one].shape[-1] for one in place.joined) for path, place in places.items()}
+        return {path: replace(place, widths=widths[path]) for path, place in places.items()}
 
     def _place(self, path: str, num_dense: int) -> TensorPlace:
         if path in self.places:

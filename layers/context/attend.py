@@ -1,9 +1,12 @@
 """Attention where a device has a part of each sequence, or whole ones: a gather, an exchange, or neither."""
 
+from typing import Any
+
 import jax
 
 from ...meshes import ShardingRules
 from ...meshes.device_axes import manual_axes
+from ..blockwise import Limits
 from ..config import ModelConfig
 from ..flash import attend_causally, choose_kernel
 from .exchanged import attend_exchanged
@@ -20,6 +23,7 @@ def attend_in_context(
     config: ModelConfig,
     rules: ShardingRules,
     segments_BT: jax.Array | None = None,
+    is_windowed: jax.Array | None = None,
 ) -> jax.Array:
     """Compute causal attention of sequences whose tokens are split over context axes.
 
@@ -30,16 +34,23 @@ def attend_in_context(
 
     Args:
         segments_BT: the number of each token's document; None where a sequence is one document.
+        is_windowed: whether the window counts in this layer, bool []; it does if left out.
 
     Raises:
         ModelError: the config asks for a kernel that the devices do not support.
     """
     context = manual_axes(rules.axes("tokens"))
     if not context:
-        return attend_causally(q_BTNH, k_BTKH, v_BTKH, config=config, segments_BT=segments_BT)
+        more: dict[str, Any] = {"segments_BT": segments_BT, "is_windowed": is_windowed}
+        return attend_causally(q_BTNH, k_BTKH, v_BTKH, config=config, **more)
     if set(context) <= set(rules.axes("attention_heads")):
-        return attend_exchanged(q_BTNH, k_BTKH, v_BTKH, config=config, axes=context, segments_Bt=segments_BT)
+        more = {"segments_Bt": segments_BT, "is_windowed": is_windowed}
+        return attend_exchanged(q_BTNH, k_BTKH, v_BTKH, config=config, axes=context, **more)
     # cuDNN's kernel has no mask between two chunks but the causal one.
     is_plain = segments_BT is not None or config.attention_window or choose_kernel(config) == "xla"
-    how = How(window=config.attention_window, axes=context, kernel=PlainKernel() if is_plain else FusedKernel())
-    return attend_gathered(q_BTNH, k_BTKH, v_BTKH, segments_BT, how)
+    how = How(
+        window=config.attention_window,
+        axes=context,
+        kernel=PlainKernel(config.attention_softcap) if is_plain else FusedKernel(),
+    )
+    return attend_gathered(q_BTNH, k_BTKH, v_BTKH, Limits(segments_BT, is_windowed), how)

@@ -7,6 +7,8 @@ rank, where `gathered.py` sends all to all: less where there are many ranks, or 
 Read `choice.py` for the arithmetic.
 """
 
+from typing import Any
+
 import jax
 
 from ..config import ModelConfig
@@ -22,6 +24,7 @@ def attend_exchanged(
     config: ModelConfig,
     axes: tuple[str, ...],
     segments_Bt: jax.Array | None = None,
+    is_windowed: jax.Array | None = None,
 ) -> jax.Array:
     """Compute causal attention over whole sequences, of which each device has two chunks.
 
@@ -44,4 +47,5 @@ def attend_exchanged(
         gathered = jax.lax.all_gather(segments_Bt, axes, axis=1, tiled=True)
         segments_BT = restore_order(gathered, num_ranks=num_ranks, dim=1)
     q_BTnH, k_BTkH, v_BTkH = map(to_heads, (q_BtNH, k_BtKH, v_BtKH))
-    return to_tokens(attend_causally(q_BTnH, k_BTkH, v_BTkH, config=config, segments_BT=segments_BT))
+    more: dict[str, Any] = {"segments_BT": segments_BT, "is_windowed": is_windowed}
+    return to_tokens(attend_causally(q_BTnH, k_BTkH, v_BTkH, config=config, **more))

@@ -24,7 +24,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from ...meshes.device_axes import mark_varying, varying_axes
-from ..blockwise import FLASH_OUTPUTS
+from ..blockwise import FLASH_OUTPUTS, Limits
+from ..options.by_layer import choose_window
 from .pairs import Pair, count_pairs, pair_of
 from .tiles import Kernel, Mask, Queries, Tile, merge
 
@@ -38,16 +39,14 @@ class How(NamedTuple):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
-def attend_gathered(
-    q_BtNH: jax.Array, k_BtKH: jax.Array, v_BtKH: jax.Array, segments_Bt: jax.Array | None, how: How
-) -> jax.Array:
+def attend_gathered(q_BtNH: jax.Array, k_BtKH: jax.Array, v_BtKH: jax.Array, limits: Limits, how: How) -> jax.Array:
     """Compute causal attention over whole sequences, of which each device has two chunks.
 
-    q[B, T@context, N, H], k and v[B, T@context, K, H], segments[B, T@context] -> mixed[B, T@context, N, H], for use
+    q[B, T@context, N, H], k and v[B, T@context, K, H], documents[B, T@context] -> mixed[B, T@context, N, H], for use
     inside `shard_map`. Sends an all-gather of k and v over context; backward another, and a reduce-scatter of their
     gradients.
     """
-    return _forward(q_BtNH, k_BtKH, v_BtKH, segments_Bt, how)[0]
+    return _forward(q_BtNH, k_BtKH, v_BtKH, limits, how)[0]
 
 
 class _Saved(NamedTuple):
@@ -56,17 +55,35 @@ class _Saved(NamedTuple):
     q: jax.Array
     k: jax.Array
     v: jax.Array
-    segments: jax.Array | None
+    limits: Limits
     y: jax.Array
     sums: jax.Array
 
 
 def _forward(
-    q_BtNH: jax.Array, k_BtKH: jax.Array, v_BtKH: jax.Array, segments_Bt: jax.Array | None, how: How
+    q_BtNH: jax.Array, k_BtKH: jax.Array, v_BtKH: jax.Array, limits: Limits, how: How
 ) -> tuple[jax.Array, _Saved]:
+    def run(window: int, *given: Any) -> tuple[jax.Array, jax.Array]:
+        return _attend_pairs(*given, how=how._replace(window=window))
+
+    # Outside of the branches: devices are not known to take the same.
+    keys = _Keys.gather(k_BtKH, v_BtKH, limits.segments, how.axes)
+    given = (q_BtNH, k_BtKH, v_BtKH, limits.segments, keys)
+    y_BtNH, sums = checkpoint_name(choose_window(limits.is_windowed, how.window, run, *given), FLASH_OUTPUTS)
+    return y_BtNH, _Saved(q_BtNH, k_BtKH, v_BtKH, limits, y_BtNH, sums)
+
+
+def _attend_pairs(
+    q_BtNH: jax.Array,
+    k_BtKH: jax.Array,
+    v_BtKH: jax.Array,
+    segments_Bt: jax.Array | None,
+    keys: "_Keys",
+    *,
+    how: How,
+) -> tuple[jax.Array, jax.Array]:
     queries = _cut(q_BtNH)
     on_diagonal = how.kernel.attend(_join(q_BtNH), _join(k_BtKH), _join(v_BtKH), _diagonal(segments_Bt, how))
-    keys = _Keys.gather(k_BtKH, v_BtKH, segments_Bt, how.axes)
 
     def add(number: jax.Array, chunks: Tile) -> Tile:
         pair = keys.pair(number, how)
@@ -78,17 +95,32 @@ def _forward(
 
     start = _vary(Tile(*map(_apart, on_diagonal)), queries, keys.k, keys.v)
     chunks = jax.lax.fori_loop(0, keys.count(how), add, start)
-    y_BtNH = _back(chunks.mixed).astype(q_BtNH.dtype)
-    y_BtNH, sums = checkpoint_name((y_BtNH, chunks.sums), FLASH_OUTPUTS)
-    return y_BtNH, _Saved(q_BtNH, k_BtKH, v_BtKH, segments_Bt, y_BtNH, sums)
+    return _back(chunks.mixed).astype(q_BtNH.dtype), chunks.sums
 
 
-def _backward(how: How, saved: _Saved, grad_BtNH: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+def _backward(how: How, saved: _Saved, grad_BtNH: jax.Array) -> tuple[Any, ...]:
+    def run(window: int, saved: _Saved, grad_BtNH: jax.Array, keys: _Keys) -> tuple[jax.Array, ...]:
+        return _pair_grads(how._replace(window=window), saved, grad_BtNH, keys)
+
+    keys = _Keys.gather(saved.k, saved.v, saved.limits.segments, how.axes)
+    given: Any = (saved, grad_BtNH, keys)
+    d_q, d_k, d_v, own_d_k, own_d_v = choose_window(saved.limits.is_windowed, how.window, run, *given)
+
+    # Sent in the compute dtype, as every other gradient of an activation.
+    def home(of_all: jax.Array, of_own: jax.Array, like: jax.Array) -> jax.Array:
+        own = jax.lax.psum_scatter(of_all.astype(like.dtype), how.axes, scatter_dimension=0)
+        return _back(own.astype(jnp.float32) + of_own).astype(like.dtype)
+
+    return _back(d_q).astype(saved.q.dtype), home(d_k, own_d_k, saved.k), home(d_v, own_d_v, saved.v), None
+
+
+def _pair_grads(how: How, saved: _Saved, grad_BtNH: jax.Array, keys: "_Keys") -> tuple[jax.Array, ...]:
+    """Return the gradients of own queries, of the keys and values of all pairs, and of those on the diagonal."""
     own = Queries(_cut(saved.q), _cut(grad_BtNH), _cut(saved.y), saved.sums)
     joined = Queries(*map(_join, (saved.q, grad_BtNH, saved.y)), sums=jnp.concatenate([*saved.sums]))
-    on_diagonal = how.kernel.grads(joined, _join(saved.k), _join(saved.v), _diagonal(saved.segments, how))
+    diagonal = _diagonal(saved.limits.segments, how)
+    on_diagonal = how.kernel.grads(joined, _join(saved.k), _join(saved.v), diagonal)
     d_q, own_d_k, own_d_v = (_apart(leaf).astype(jnp.float32) for leaf in on_diagonal)
-    keys = _Keys.gather(saved.k, saved.v, saved.segments, how.axes)
 
     def add(number: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         d_q, d_k, d_v = sums
@@ -100,14 +132,7 @@ def _backward(how: How, saved: _Saved, grad_BtNH: jax.Array) -> tuple[jax.Array,
 
     zeros = (jnp.zeros(leaf.shape, jnp.float32) for leaf in (keys.k, keys.v))
     start = _vary((d_q, *zeros), own.q, own.grad, keys.k, keys.v)
-    d_q, d_k, d_v = jax.lax.fori_loop(0, keys.count(how), add, start)
-
-    # Sent in the compute dtype, as every other gradient of an activation.
-    def home(of_all: jax.Array, of_own: jax.Array, like: jax.Array) -> jax.Array:
-        own = jax.lax.psum_scatter(of_all.astype(like.dtype), how.axes, scatter_dimension=0)
-        return _back(own.astype(jnp.float32) + of_own).astype(like.dtype)
-
-    return _back(d_q).astype(saved.q.dtype), home(d_k, own_d_k, saved.k), home(d_v, own_d_v, saved.v), None
+    return (*jax.lax.fori_loop(0, keys.count(how), add, start), own_d_k, own_d_v)
 
 
 attend_gathered.defvjp(_forward, _backward)

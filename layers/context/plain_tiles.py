@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from ..blockwise import (
     QueryTile,
     Saved,
+    Scoring,
     attend_blocks,
     attend_tile,
     block_grads,
@@ -24,16 +25,23 @@ from .tiles import Mask, Queries, Tile
 
 @dataclass(frozen=True)
 class PlainKernel:
-    """The kernel of `blockwise.py` for a pair of chunks; softmax and sums in float32."""
+    """The kernel of `blockwise.py` for a pair of chunks; softmax and sums in float32.
+
+    cap: the soft cap of scores, 0 for none.
+    """
+
+    cap: float = 0.0
 
     def attend(self, q_BnNH: jax.Array, k_BnKH: jax.Array, v_BnKH: jax.Array, mask: Mask) -> Tile:
         """Return what these keys alone give."""
         q, k, v = heads_first(q_BnNH, k_BnKH.shape[2]), jnp.swapaxes(k_BnKH, 1, 2), jnp.swapaxes(v_BnKH, 1, 2)
         if mask.ahead is None:
             segments = None if mask.segments is None else mask.segments[0]
-            mixed, sums = attend_blocks(q, k, v, segments, window=mask.window, dtype=jnp.float32)
+            mixed, sums = attend_blocks(q, k, v, segments, how=Scoring(mask.window, self.cap), dtype=jnp.float32)
         else:
-            tiles = [attend_tile(q[..., rows, :], k, v, seen) for rows, seen in _masked_rows(mask, q.shape[3])]
+            tiles = [
+                attend_tile(q[..., rows, :], k, v, seen, cap=self.cap) for rows, seen in _masked_rows(mask, q.shape[3])
+            ]
             mixed, sums = (jnp.concatenate(leaves, axis=3) for leaves in zip(*tiles, strict=True))
         return Tile(tokens_first(mixed), sums.reshape(sums.shape[0], -1, sums.shape[-1]))
 
@@ -48,12 +56,12 @@ class PlainKernel:
         saved = Saved(q, k, v, None if mask.segments is None else mask.segments[0], of.y, sums)
         delta = softmax_delta(saved, of.grad)
         if mask.ahead is None:
-            d_q, d_k, d_v = block_grads(saved, grad, delta, window=mask.window)
+            d_q, d_k, d_v = block_grads(saved, grad, delta, how=Scoring(mask.window, self.cap))
         else:
             parts, d_k, d_v = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
             for rows, seen in _masked_rows(mask, q.shape[3]):
                 tile = QueryTile(q[..., rows, :], grad[..., rows, :], delta[..., rows], sums[..., rows])
-                part, of_k, of_v = tile_grads(tile, k, v, seen)
+                part, of_k, of_v = tile_grads(tile, k, v, seen, cap=self.cap)
                 parts, d_k, d_v = [*parts, part], d_k + of_k, d_v + of_v
             d_q = jnp.concatenate(parts, axis=3)
         scale = q.shape[-1] ** -0.5

@@ -91,7 +91,7 @@ class MoE(nnx.Module):
         shared: dict[str, Any] = {"rngs": rngs, "rules": rules}
         into, out = ("experts", "embed", "ffn"), ("experts", "ffn", "embed")
         self.up = ExpertLinear((e, d, f), into, std=INIT_STD, **shared)
-        self.gate = ExpertLinear((e, d, f), into, std=INIT_STD, **shared) if config.mlp == "swiglu" else nnx.data(None)
+        self.gate = ExpertLinear((e, d, f), into, std=INIT_STD, **shared) if config.is_gated else nnx.data(None)
         self.down = ExpertLinear((e, f, d), out, std=INIT_STD / (2 * config.num_layers) ** 0.5, **shared)
         self.shared = MLP(config, features=config.shared_size, **shared) if config.shared_size else nnx.data(None)
 

@@ -9,7 +9,7 @@ head's products are C + R and C features wide instead of H and U.
 import jax
 import jax.numpy as jnp
 
-from ..cache import KVCache, NewTokens, attend
+from ..cache import CacheScoring, KVCache, NewTokens, attend
 
 
 def attend_latents(
@@ -35,13 +35,7 @@ def attend_latents(
     to_keys_CNE, to_values_CNU = jnp.split(kernel_CNE, [num_own], axis=-1)
     own_BTNE, turned_BTNR = jnp.split(q_BTNH, [num_own], axis=-1)
     q_BTNC = jnp.einsum("btne,cne->btnc", own_BTNE, to_keys_CNE)
-    mixed_BTNC = attend(
-        jnp.concatenate([turned_BTNR, q_BTNC], axis=-1),
-        cache=cache,
-        layer=layer,
-        new=new,
-        window=window,
-        keys="keys_and_values",
-        scale=size**-0.5,
-    )
+    both_BTNE = jnp.concatenate([turned_BTNR, q_BTNC], axis=-1)
+    scoring = CacheScoring(window=window, keys="keys_and_values", scale=size**-0.5)
+    mixed_BTNC = attend(both_BTNE, cache=cache, layer=layer, new=new, scoring=scoring)
     return jnp.einsum("btnc,cnu->btnu", mixed_BTNC, to_values_CNU)

@@ -64,15 +64,19 @@ class LatentAttention(nnx.Module):
         # As in mlp.py: residual branches add up over the layers.
         self.out = RowLinear(config.value_size, d, std=INIT_STD / (2 * config.num_layers) ** 0.5, **split)
 
-    def __call__(self, x_BTD: jax.Array, places: Places | None = None) -> jax.Array:
+    def __call__(
+        self, x_BTD: jax.Array, places: Places | None = None, layer: jax.Array | int | None = None
+    ) -> jax.Array:
         """x[B@data, T@context, D] -> y[B@data, T@context, D].
 
         Args:
             places: where the tokens stand, if a sequence holds several documents.
+            layer: without effect, all layers are alike.
 
         Raises:
             ModelError: x is not [B, T, D], or T is 0.
         """
+        del layer
         check_hidden(x_BTD, self.config.hidden_size, layer="attention")
         latent_BTC, shared_BT1R = self._compress(x_BTD)
         q_BTNH, kv_BTNE = self._query(x_BTD), self.key_value(latent_BTC)
@@ -96,14 +100,24 @@ class LatentAttention(nnx.Module):
         """Join what reads the same input: nothing here, since what is split reads vectors of its own."""
 
     def extend(
-        self, x_BTD: jax.Array, *, cache: KVCache, layer: jax.Array | int, new: NewTokens
+        self,
+        x_BTD: jax.Array,
+        *,
+        cache: KVCache,
+        layer: jax.Array | int,
+        new: NewTokens,
+        number: jax.Array | int | None = None,
     ) -> tuple[jax.Array, KVCache]:
         """Return attention of new tokens to the cached ones and to each other, and the cache with the new tokens.
 
         x[B@data, T, D] -> y[B@data, T, D]; one all-reduce. For inference, inside `shard_map` over all axes. The cache
         has pages of rotated shared keys [1, S, R] in place of keys and of latent vectors [1, S, C] in place of values,
         whole on every device.
+
+        Args:
+            layer: position of the layer in the cache; number: without effect, all layers are alike.
         """
+        del number
         positions_BT = new.positions(x_BTD.shape[1])
         latent_BTC, shared_BT1R = self._compress(x_BTD)
         shared_BT1R = rotate(shared_BT1R, config=self.config, positions_BT=positions_BT)

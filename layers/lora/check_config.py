@@ -52,7 +52,7 @@ def lora_scale(config: Any) -> float:
 
 def lora_targets(config: Any) -> tuple[str, ...]:
     """Return the layers that have adapters: those of the config, or all that the model has; in the order of TARGETS."""
-    known = [name for name in TARGETS if name != "gate" or config.mlp == "swiglu"]
+    known = [name for name in TARGETS if name != "gate" or config.is_gated]
     return tuple(name for name in known if name in (config.lora_targets or known))
 
 
@@ -100,7 +100,7 @@ def _check_target(name: str, *, mlp: str) -> None:
             f"lora_targets has {name!r}, which is no linear layer of a block.{suggest(name, TARGETS)}",
             fix=f"name some of {_listed()}, or leave it out for all.",
         )
-    if name == "gate" and mlp != "swiglu":
+    if name == "gate" and mlp == "gelu":
         raise ModelError(
             f"lora_targets has 'gate', but mlp={mlp!r} has none.", fix="leave gate out, or set mlp='swiglu'."
         )

@@ -17,11 +17,13 @@ _PATH = re.compile(r"(?:[^\W\d]\w*\.)*[^\W\d]\w*:[^\W\d]\w*")
 _NAME = re.compile(r"[^\W\d]\w*")
 _ROLES = ("tensor", "none")
 
+_OF_ATTENTION = ("attention_pattern", "attention_softcap", "attention_scale")
+
 _EXCLUDED = {
-    "block": ("mlp_class", "norm_class", "attention_class", "num_experts", "latent_size", "lora_rank"),
+    "block": ("mlp_class", "norm_class", "attention_class", "num_experts", "latent_size", "lora_rank", *_OF_ATTENTION),
     "mlp_class": ("num_experts", "lora_rank"),
     "norm_class": ("lora_rank",),
-    "attention_class": ("latent_size", "lora_rank"),
+    "attention_class": ("latent_size", "lora_rank", *_OF_ATTENTION),
 }
 """Fields that say nothing of a layer that a class replaces, or that the layers of a class may not support."""
 

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from ...meshes import DEFAULT_RULES, ShardingRules
+from ..options.logits import PLAIN_LOGITS, LogitShape
 from ..projected_loss import projected_cross_entropy, sequence_losses
 
 
@@ -39,6 +40,7 @@ def preference_loss(
     shares_B: jax.Array,
     beta: float,
     rules: ShardingRules = DEFAULT_RULES,
+    shape: LogitShape = PLAIN_LOGITS,
 ) -> PreferenceLoss:
     """Return the loss of pairs of rows, chosen before rejected, and how far the model tells them apart.
 
@@ -54,11 +56,11 @@ def preference_loss(
     Raises:
         ModelError: as `projected_cross_entropy` does.
     """
-    losses_B = sequence_losses(x_BTD, table_VD, targets_BT, weights_BT, rules=rules)
+    losses_B = sequence_losses(x_BTD, table_VD, targets_BT, weights_BT, rules=rules, shape=shape)
     found, slope_B = _compare(losses_B, reference_B, shares_B, beta=beta)
     weights_BT = weights_BT * slope_B[:, None]
     # It has the gradient of the loss, and another value, which is taken off again.
-    surrogate = projected_cross_entropy(x_BTD, table_VD, targets_BT, weights_BT, rules=rules)
+    surrogate = projected_cross_entropy(x_BTD, table_VD, targets_BT, weights_BT, rules=rules, shape=shape)
     return found._replace(loss=found.loss + surrogate - jax.lax.stop_gradient(surrogate))
 
 

@@ -1,5 +1,7 @@
 """Rotary position embedding: positions as rotations of feature pairs (Su et al. 2021, section 3.2)."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -8,7 +10,14 @@ from .frequencies import rope_frequencies
 from .magnitude import rope_magnitude
 
 
-def rotate(x_BTNH: jax.Array, *, config: ModelConfig, positions_BT: jax.Array | None = None) -> jax.Array:
+def rotate(
+    x_BTNH: jax.Array,
+    *,
+    config: ModelConfig,
+    positions_BT: jax.Array | None = None,
+    frequencies: jax.Array | None = None,
+    magnitude: jax.Array | None = None,
+) -> jax.Array:
     """Rotate the first R features of heads by the position of their token, for R = `config.rotated_size`.
 
     x[B@data, T, N@tensor, H] -> y[B@data, T, N@tensor, H], angles in float32; no communication. Feature i is paired
@@ -17,13 +26,15 @@ def rotate(x_BTNH: jax.Array, *, config: ModelConfig, positions_BT: jax.Array | 
     Args:
         config: gives the `rope_frequencies` of the pairs.
         positions_BT: position of every token in its sequence, [B@data, T] or [1, T]; 0 to T - 1 if left out.
+        frequencies, magnitude: those of this layer, [R/2] and [], if layers differ.
     """
     if positions_BT is None:
         positions_BT = jnp.arange(x_BTNH.shape[1])[None]
     size = config.rotated_size
-    angle_BTh = positions_BT.astype(jnp.float32)[..., None] * rope_frequencies(config)[None, None]
-    magnitude = rope_magnitude(config)
-    cos, sin = (magnitude * turn(angle_BTh)[:, :, None] for turn in (jnp.cos, jnp.sin))
+    own_h: Any = rope_frequencies(config) if frequencies is None else frequencies
+    angle_BTh = positions_BT.astype(jnp.float32)[..., None] * own_h[None, None]
+    factor = rope_magnitude(config) if magnitude is None else magnitude
+    cos, sin = (factor * turn(angle_BTh)[:, :, None] for turn in (jnp.cos, jnp.sin))
     turned = x_BTNH[..., :size].astype(jnp.float32)
     if config.latent_size:
         a, b = turned[..., 0::2], turned[..., 1::2]

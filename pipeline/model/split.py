@@ -212,12 +212,12 @@ def _layer_fn(kind: LayerKind, block: JoinedBlock) -> Callable[..., Any]:
     def layer(params: Any, x_BTD: jax.Array, microbatch: Mapping[str, jax.Array]) -> jax.Array:
         return block.merge(params).run(x_BTD, places=places_of(microbatch))[0]
 
-    def noisy_layer(params: Any, x_BTD: jax.Array, microbatch: Any, info: LayerInfo) -> jax.Array:
-        return block.merge(params).run(x_BTD, places=places_of(microbatch), noise=_noise_of(kind.config, info))[0]
+    def informed_layer(params: Any, x_BTD: jax.Array, microbatch: Any, info: LayerInfo) -> jax.Array:
+        return block.merge(params).run(x_BTD, places=places_of(microbatch), **_told(kind.config, info))[0]
 
     def expert_layer(params: Any, x_BTD: jax.Array, microbatch: Mapping[str, jax.Array], info: LayerInfo) -> Output:
-        noise = _noise_of(kind.config, info)
-        y_BTD, stats = block.merge(params).run(x_BTD, microbatch["weights"], places_of(microbatch), noise)
+        told = _told(kind.config, info)
+        y_BTD, stats = block.merge(params).run(x_BTD, microbatch["weights"], places_of(microbatch), **told)
         assert stats.loss is not None
         tokens_E = stats.metrics["expert_tokens"]
         # A row for each layer with experts, since metrics are added over layers.
@@ -226,9 +226,15 @@ def _layer_fn(kind: LayerKind, block: JoinedBlock) -> Callable[..., Any]:
         loads = {"expert_tokens": tokens_E} if kind.config.router_bias == "on" else None
         return Output(x=y_BTD, loss=stats.loss, metrics={**stats.metrics, **own}, stats=loads)
 
-    if kind.config.num_experts:
+    config = kind.config
+    if config.num_experts:
         return expert_layer
-    return noisy_layer if kind.config.dropout or kind.config.stochastic_depth else layer
+    return informed_layer if config.dropout or config.stochastic_depth or config.attention_pattern else layer
+
+
+def _told(config: ModelConfig, info: LayerInfo) -> dict[str, Any]:
+    """Return what a layer is told of its place in the step: what it drops, and its number where layers differ."""
+    return {"noise": _noise_of(config, info), "layer": info.index if config.attention_pattern else None}
 
 
 def _noise_of(config: ModelConfig, info: LayerInfo) -> BranchNoise | None:

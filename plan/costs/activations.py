@@ -46,7 +46,7 @@ def _kept_bytes(model: ModelConfig, *, is_backward_split: bool, **sizes: Any) ->
     if model.matmuls == "fp8" and sizes["remat"] == "dots":
         # Outputs of products in 8 bits are kept as they are, in float32.
         tokens, tensor = sizes["num_sequences"] * sizes["num_tokens"], sizes["tensor"]
-        up = (2 if model.mlp == "swiglu" else 1) * model.ffn_size / tensor
+        up = (2 if model.is_gated else 1) * model.ffn_size / tensor
         width = attention_widths(model, tensor=tensor).projected + up
         kept += tokens * width * (_FLOAT32 - item_bytes(model))
     return kept
@@ -69,10 +69,10 @@ def split_backward_bytes(
     own = attention_widths(model, tensor=t)
     whole = (own.latents + own.shared) * d / model.hidden_size
     # The input of the last product is recomputed from the activation function's output and, for SwiGLU, its factor.
-    up = (2 if model.mlp == "swiglu" else 1) * model.ffn_size / t
+    up = (2 if model.is_gated else 1) * model.ffn_size / t
     inputs, gradients = 2 * d + own.mixed + up + whole, 2 * d + own.projected + up + whole
     width = {
-        "none": own.value if model.qk_norm == "on" else own.projected + whole,
+        "none": own.value if model.qk_norm != "off" else own.projected + whole,
         "dots": 2 * d + up,
         "full": inputs + gradients - d,
     }[remat]
@@ -104,7 +104,7 @@ def _megatron_bytes(model: ModelConfig, *, layout: Layout, runtime: Runtime, num
     tokens, item = layout.sequences * num_tokens / layout.context, item_bytes(model)
     mask = 1 if runtime.dropout == "on" else 0
     t, own = layout.tensor, attention_widths(model, tensor=layout.tensor)
-    num_up = 2 if model.mlp == "swiglu" else 1
+    num_up = 2 if model.is_gated else 1
     if layout.remat == "dots":
         # The layer's input and the outputs of products and of attention, but the last one.
         split = own.projected + own.mixed + num_up * model.ffn_size / t

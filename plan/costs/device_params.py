@@ -24,10 +24,11 @@ def block_params(model: ModelConfig, *, tensor: int, expert: int = 1) -> int:
     if has_own_classes(model):
         return device_sizes(model, {"tensor": tensor, "expert": expert})[1]
     d, (heads, columns) = model.hidden_size, _columns(model, tensor)
-    norms = 2 * d * (2 if model.norm == "layernorm" and model.bias == "on" else 1)
+    norms = model.num_block_norms * d * (2 if model.norm == "layernorm" and model.bias == "on" else 1)
     biases = {"off": 0, "qkv": heads, "on": columns + 2 * d}[model.bias]
     router = model.num_experts * (d + (1 if model.router_bias == "on" else 0))
-    return block_matrices(model, tensor=tensor, expert=expert) + norms + attention_norms(model) + biases + router
+    norms += attention_norms(model, tensor=tensor)
+    return block_matrices(model, tensor=tensor, expert=expert) + norms + biases + router
 
 
 def block_matrices(model: ModelConfig, *, tensor: int, expert: int = 1) -> int:
@@ -36,13 +37,13 @@ def block_matrices(model: ModelConfig, *, tensor: int, expert: int = 1) -> int:
         return device_sizes(model, {"tensor": tensor, "expert": expert})[0]
     features = (model.shared_size if model.num_experts else model.ffn_size) // tensor
     experts = expert_matrices(model, tensor=tensor, expert=expert)
-    num_kernels = 3 if model.mlp == "swiglu" else 2
+    num_kernels = 3 if model.is_gated else 2
     return attention_weights(model, tensor=tensor) + num_kernels * model.hidden_size * features + experts
 
 
 def expert_matrices(model: ModelConfig, *, tensor: int, expert: int = 1) -> int:
     """Return the number of weights of the experts of one block on one device; 0 for a dense one."""
-    num_kernels = 3 if model.mlp == "swiglu" else 2
+    num_kernels = 3 if model.is_gated else 2
     return model.num_experts // expert * num_kernels * model.hidden_size * model.expert_size // tensor
 
 
@@ -61,7 +62,7 @@ def _adapter_params(model: ModelConfig, names: tuple[str, ...], tensor: int, ran
     """Return the parameters, on a device, of an adapter that layers share, with the magnitudes of their columns."""
     d, t = model.hidden_size, tensor
     q, kv, f = model.query_size / t, model.kv_size / t, model.ffn_size / t
-    gate = f if model.mlp == "swiglu" else 0.0
+    gate = f if model.is_gated else 0.0
     outs = {"query": q, "key": kv, "value": kv, "out": d, "gate": gate, "up": f, "down": d}
     num_in, num_out = {"out": q, "down": f}.get(names[0], d), sum(outs[name] for name in names)
     return rank * (num_in + num_out) + (num_out if model.lora_magnitude == "on" else 0)
@@ -69,7 +70,7 @@ def _adapter_params(model: ModelConfig, names: tuple[str, ...], tensor: int, ran
 
 def _columns(model: ModelConfig, tensor: int) -> tuple[int, int]:
     """Return the features of queries, keys and values on one device, and those of all column-parallel layers."""
-    num_up = 2 if model.mlp == "swiglu" else 1
+    num_up = 2 if model.is_gated else 1
     split_kv = tensor if model.num_kv_heads % tensor == 0 else 1
     heads = model.query_size // tensor + 2 * model.kv_size // split_kv
     return heads, heads + num_up * (model.shared_size if model.num_experts else model.ffn_size) // tensor

@@ -98,6 +98,8 @@ def _block_operations(model: ModelConfig, *, size: LayerSize, runtime: Runtime) 
     elif features := 0 if model.block else model.shared_size if model.num_experts else model.ffn_size:
         yield from _feed_forward(model, tokens=tokens, features=features / t)
     yield _residual(whole, item, runtime)
+    for _ in range(model.num_block_norms - 2):
+        yield _norm(whole, item)
     # Microbatches add their weight gradients to one array.
     is_apart = runtime.gradient_sums == "apart" and not runtime.adapter_rank
     weights = block_matrices(model, tensor=t, expert=size.expert) if is_apart else 0
@@ -109,7 +111,7 @@ def _attention(model: ModelConfig, *, size: LayerSize, runtime: Runtime) -> Iter
     own, (*into, out) = attention_widths(model, tensor=t), attention_products(model, tensor=t)
     for rows, columns in into:
         yield Product(part="weights", m=tokens, n=columns, k=rows, layers=("query", "key", "value"))
-    if normed := own.latents + (own.query + own.key if model.qk_norm == "on" else 0):
+    if normed := own.latents + (own.query + own.key if model.qk_norm != "off" else 0):
         yield _norm(tokens * normed, item)
     if model.positions == "rotary":
         turned = tokens * (own.query + own.key)
@@ -163,7 +165,7 @@ def _core(model: ModelConfig, *, size: LayerSize, runtime: Runtime) -> Iterator[
 def _feed_forward(model: ModelConfig, *, tokens: float, features: float, batch: int = 1) -> Iterator[Operation]:
     """Yield both products of the feed-forward part, and the activation function between them."""
     item, f = item_bytes(model), features
-    num_up = 2 if model.mlp == "swiglu" else 1
+    num_up = 2 if model.is_gated else 1
     yield Product(part="weights", m=tokens, n=num_up * f, k=model.hidden_size, batch=batch, layers=("gate", "up"))
     moved = item * tokens * batch * f
     # GELU reads its input; SwiGLU reads two. Their backwards read the gradient and the inputs, and write as many.

@@ -73,7 +73,7 @@ def _layer_work(model: ModelConfig, *, layout: Layout, runtime: Runtime, num_tok
     recomputed = whole - layer_activation_bytes(model, layout=replace(layout, schedule="1f1b"), **given)
     tokens, item = layout.sequences * num_tokens / layout.context, item_bytes(model)
     features = (model.shared_size if model.num_experts else model.ffn_size) / layout.tensor
-    num_up = 2 if model.mlp == "swiglu" else 1
+    num_up = 2 if model.is_gated else 1
     gradients = item * tokens * (num_up + 1) * features
     gradients += boundary_bytes(model, layout=layout, **given)
     if layout.tensor > 1 and runtime.sequence_parallel == "on":
@@ -105,7 +105,7 @@ def _round_bytes(model: ModelConfig, *, layout: Layout, tokens: int) -> float:
     """
     if not model.num_experts:
         return 0.0
-    item, num_up = item_bytes(model), 2 if model.mlp == "swiglu" else 1
+    item, num_up = item_bytes(model), 2 if model.is_gated else 1
     d, f = model.hidden_size, model.expert_size / layout.tensor
     capacity, features = model.expert_rows(tokens), (num_up + 1) * f
     rows = model.num_experts * capacity
@@ -207,7 +207,7 @@ def _layer_copies(model: ModelConfig, *, layout: Layout) -> float:
         return 0.0
     # What reads latent vectors is not joined.
     columns = 0.0 if model.latent_size else attention_widths(model, tensor=layout.tensor).projected
-    columns += 2 * model.ffn_size / layout.tensor if model.mlp == "swiglu" else 0.0
+    columns += 2 * model.ffn_size / layout.tensor if model.is_gated else 0.0
     return (item if model.lora_rank else _FLOAT32) * model.hidden_size * columns / parts
 
 
@@ -217,7 +217,7 @@ def _backward_bytes(model: ModelConfig, *, layout: Layout, tokens: float) -> flo
     Both are alive together with the logits in the first backward of a microbatch, as 14 peaks on B200 show
     (simumax_b200_a100.toml).
     """
-    num_up = 2 if model.mlp == "swiglu" else 1
+    num_up = 2 if model.is_gated else 1
     features = model.ffn_size / layout.tensor
     gradients = tokens * item_bytes(model) * (num_up + 1) * features
     return gradients + _FLOAT32 * num_up * features * model.hidden_size

@@ -36,6 +36,7 @@ _LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+_LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 8.0}
 _YARN = {
     "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
     | {"mscale": 1.0, "mscale_all_dim": 0.707, "beta_fast": 2.0}
@@ -80,10 +81,24 @@ MODELS: dict[str, dict[str, Any]] = {
     | {"head_dim": 8, "rope_parameters": _YARN["rope_parameters"] | {"partial_rotary_factor": 0.5}}
     | _DENSE_THEN_EXPERTS,
     "gpt2": {"model_type": "gpt2", "n_layer": 2, "n_embd": 16, "n_head": 4, "n_positions": 64},
+    "olmo2": {"model_type": "olmo2", "num_key_value_heads": 2},
+    "smollm3": {"model_type": "smollm3", "num_key_value_heads": 2, "no_rope_layers": [1, 0, 1], "pad_token_id": 0}
+    | {"num_hidden_layers": 3},
+    "phi3": {"model_type": "phi3", "num_key_value_heads": 2, "sliding_window": 5, "pad_token_id": 0}
+    | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+    "gemma2": {"model_type": "gemma2", "num_key_value_heads": 2, "head_dim": 8, "query_pre_attn_scalar": 6}
+    | {"num_hidden_layers": 3, "sliding_window": 5, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 8.0},
+    "gemma3": {"model_type": "gemma3_text", "num_key_value_heads": 1, "head_dim": 8, "query_pre_attn_scalar": 12}
+    | {"num_hidden_layers": 4, "sliding_window": 5, "sliding_window_pattern": 3}
+    | {
+        "rope_parameters": {"full_attention": _LINEAR, "sliding_attention": {"rope_type": "default", "rope_theta": 1e2}}
+    },
+    "granite": {"model_type": "granite", "num_key_value_heads": 2, "tie_word_embeddings": True}
+    | {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.3, "logits_scaling": 3.0},
 }
 """The keys that differ from `_SIZES` and from an architecture's own defaults."""
 
-MESHES = ("data=1", "tensor=2", "tensor=4", "pipe=2", "tensor=2,pipe=2")
+MESHES = ("data=1", "tensor=2", "tensor=4", "pipe=2", "tensor=2,pipe=2", "data=2,tensor=2")
 EXPERT_MESHES = ("expert=2", "tensor=2,expert=2", "pipe=2,expert=2")
 EXPERTS = ("mixtral", "qwen3_moe", "deepseek_v2", "deepseek_v2_lite", "deepseek_v3", "dots1", "glm4_moe")
 

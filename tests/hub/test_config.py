@@ -51,6 +51,24 @@ MISTAKES: dict[str, dict[str, Any]] = {
     "dots1": DEEPSEEK | {"model_type": "dots1", "n_shared_experts": 0, "sliding_window": 8, "max_window_layers": 1},
     "glm4_moe": DEEPSEEK
     | {"model_type": "glm4_moe", "partial_rotary_factor": 1.5, "use_qk_norm": "yes", "scoring_func": "softmax"},
+    "olmo2": LLAMA | {"model_type": "olmo2", "attention_bias": True, "rms_norm_eps": 0},
+    "granite": LLAMA | {"model_type": "granite", "mlp_bias": True, "logits_scaling": 0, "residual_multiplier": "0.2"},
+    "smollm3": LLAMA
+    | {"model_type": "smollm3", "no_rope_layers": [1, 2], "use_sliding_window": True}
+    | {"sliding_window": 8},
+    "smollm3_of_few_layers": LLAMA | {"model_type": "smollm3", "no_rope_layers": [1]},
+    "smollm3_with_windows": LLAMA | {"model_type": "smollm3", "layer_types": ["full_attention", "sliding_attention"]},
+    "phi3": LLAMA | {"model_type": "phi3", "rope_scaling": {"type": "longrope", "short_factor": [1.0, 1.0]}},
+    "phi3_yarn": LLAMA | {"model_type": "phi3", "rope_scaling": {"type": "yarn", "factor": 4.0}},
+    "gemma2": LLAMA
+    | {"model_type": "gemma2", "hidden_activation": "gelu", "attention_bias": True, "sliding_window": None}
+    | {"final_logit_softcapping": -1, "query_pre_attn_scalar": 0, "layer_types": ["full_attention", "chunked"]},
+    "gemma2_of_few_layers": LLAMA | {"model_type": "gemma2", "layer_types": ["full_attention"]},
+    "gemma3_text": LLAMA
+    | {"model_type": "gemma3_text", "use_bidirectional_attention": True, "sliding_window_pattern": 0}
+    | {"rope_parameters": {"rope_type": "linear", "sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
+    "gemma3": LLAMA | {"model_type": "gemma3"},
+    "gpt_oss": LLAMA | {"model_type": "gpt_oss"},
     "yarn": LLAMA
     | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "truncate": False, "beta_fast": -1, "mscale": "1"}},
     "yarn_of_few_turns": LLAMA | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "beta_fast": 0.5}},

@@ -5,6 +5,7 @@ here uses one. Shapes and names are those of the parameters of `trellax.layers`.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -47,7 +48,11 @@ def norm(config: ModelConfig, params: Params, x: jax.Array) -> jax.Array:
 
 
 def rms_norm(config: ModelConfig, params: Params, x: jax.Array) -> jax.Array:
-    return x / jnp.sqrt(jnp.mean(x * x, axis=-1, keepdims=True) + config.norm_epsilon) * params["scale"]
+    return (
+        x
+        / jnp.sqrt(jnp.mean(x * x, axis=-1, keepdims=True) + config.norm_epsilon)
+        * (params["scale"] + (config.norm == "rmsnorm1p"))
+    )
 
 
 def rope_angles(config: ModelConfig, num_tokens: int) -> jax.Array:
@@ -74,16 +79,37 @@ def rotate(config: ModelConfig, x: jax.Array) -> jax.Array:
     return jnp.concatenate([turned.real, turned.imag], axis=-1)
 
 
+def cap(scores: jax.Array, most: float) -> jax.Array:
+    return most * jnp.tanh(scores / most) if most else scores
+
+
+def kind_of_layer(config: ModelConfig, layer: int) -> ModelConfig:
+    """A config without a pattern whose attention is that of one layer."""
+    kind = (config.attention_pattern or ("",))[layer % max(len(config.attention_pattern), 1)]
+    own: dict[str, Any] = {"attention_pattern": (), "window_rope_theta": 0.0}
+    if kind in ("full", "unrotated"):
+        own["attention_window"] = 0
+    if kind == "unrotated":
+        own |= {"positions": "learned"}
+    if kind == "window" and config.window_rope_theta:
+        own |= {"rope_theta": config.window_rope_theta, "rope_scaling": "none", "rope_factor": 1.0}
+    return replace(config, **own)
+
+
 def attention(config: ModelConfig, params: Params, x: jax.Array) -> jax.Array:
     num_sequences, num_tokens, _ = x.shape
     heads = (num_sequences, num_tokens, -1, config.head_size)
-    q, k, v = (linear(params[name], x).reshape(heads) for name in ("query", "key", "value"))
+    flat = {name: linear(params[name], x) for name in ("query", "key", "value")}
+    if config.qk_norm == "whole":
+        flat |= {name: rms_norm(config, params[f"{name}_norm"], flat[name]) for name in ("query", "key")}
+    q, k, v = (leaf.reshape(heads) for leaf in flat.values())
     if config.qk_norm == "on":
         q, k = rms_norm(config, params["query_norm"], q), rms_norm(config, params["key_norm"], k)
     if config.positions == "rotary":
         q, k = rotate(config, q), rotate(config, k)
     k, v = (jnp.repeat(leaf, config.num_heads // config.num_kv_heads, axis=2) for leaf in (k, v))
-    scores = jnp.einsum("btnh,bsnh->bnts", q, k) / np.sqrt(config.head_size)
+    scores = jnp.einsum("btnh,bsnh->bnts", q, k) * (config.attention_scale or config.head_size**-0.5)
+    scores = cap(scores, config.attention_softcap)
     behind = jnp.arange(num_tokens)[:, None] - jnp.arange(num_tokens)[None]
     is_seen = (behind >= 0) & (behind < (config.attention_window or num_tokens))
     shares = jax.nn.softmax(jnp.where(is_seen[None, None], scores, -jnp.inf), axis=-1)
@@ -95,18 +121,24 @@ def mlp(config: ModelConfig, params: Params, x: jax.Array) -> jax.Array:
     if config.mlp == "swiglu":
         gate = linear(params["gate"], x)
         return linear(params["down"], gate / (1 + jnp.exp(-gate)) * up)
+    if config.mlp == "geglu":
+        return linear(params["down"], jax.nn.gelu(linear(params["gate"], x)) * up)
     # GPT-2's GELU is the approximation by tanh (Hendrycks and Gimpel 2016, section 2).
     inner = jnp.tanh(np.sqrt(2 / np.pi) * (up + 0.044715 * up**3))
     return linear(params["down"], 0.5 * up * (1 + inner))
 
 
 def block(config: ModelConfig, params: Params, x: jax.Array) -> jax.Array:
-    x = x + attention(config, params["attention"], norm(config, params["attention_norm"], x))
-    return x + mlp(config, params["mlp"], norm(config, params["mlp_norm"], x))
+    for layer, run in (("attention", attention), ("mlp", mlp)):
+        y = norm(config, params[f"{layer}_norm"], x) if config.norm_place != "after" else x
+        y = run(config, params[layer], y)
+        y = norm(config, params[f"{layer}_out_norm"], y) if config.norm_place != "before" else y
+        x = x + config.residual_scale * y
+    return x
 
 
 def embedding(config: ModelConfig, params: Params, tokens: jax.Array) -> jax.Array:
-    x = params["table"][tokens]
+    x = params["table"][tokens] * config.embedding_scale
     return x + params["positions"][None, : tokens.shape[1]] if config.positions == "learned" else x
 
 
@@ -114,9 +146,9 @@ def transformer(config: ModelConfig, params: Params, tokens: jax.Array) -> jax.A
     """Logits [B, T, V]."""
     x = embedding(config, params["embed"], tokens)
     for index in range(config.num_layers):
-        x = block(config, jax.tree.map(lambda leaf, i=index: leaf[i], params["blocks"]), x)
+        x = block(kind_of_layer(config, index), jax.tree.map(lambda leaf, i=index: leaf[i], params["blocks"]), x)
     table = params["head"].get("table", params["embed"]["table"])
-    return norm(config, params["head"]["norm"], x) @ table.T
+    return cap(norm(config, params["head"]["norm"], x) @ table.T * config.logit_scale, config.logit_softcap)
 
 
 def loss(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:

@@ -39,6 +39,26 @@ def test_outputs_and_gradients_equal_those_of_attention_as_a_whole(num_tokens: i
     assert differing(jax.device_get(actual), jax.device_get(expected)) == {}
 
 
+def capped(q: jax.Array, k: jax.Array, v: jax.Array, *, window: int, cap: float) -> jax.Array:
+    k, v = (jnp.repeat(leaf, q.shape[2] // leaf.shape[2], axis=2) for leaf in (k, v))
+    scores = cap * jnp.tanh(jnp.einsum("btnh,bsnh->bnts", q, k) / H**0.5 / cap)
+    behind = jnp.arange(q.shape[1])[:, None] - jnp.arange(q.shape[1])[None]
+    seen = ((behind >= 0) & (behind < (window or q.shape[1])))[None, None]
+    return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(jnp.where(seen, scores, -jnp.inf)), v)
+
+
+@pytest.mark.parametrize("is_windowed", [True, False])
+def test_caps_and_windows_of_some_layers_change_outputs_and_gradients_alike(is_windowed: bool) -> None:
+    arrays = inputs(100, 2)
+    expected = jax.jit(partial(run, partial(capped, window=30 if is_windowed else 0, cap=1.5)))(*arrays)
+
+    def ours(flag: jax.Array, *arrays: jax.Array) -> Any:
+        return run(lambda q, k, v: attend_blockwise(q, k, v, 30, is_windowed=flag, cap=1.5), *arrays)
+
+    actual = jax.jit(ours)(jnp.asarray(is_windowed), *arrays)
+    assert differing(jax.device_get(actual), jax.device_get(expected)) == {}
+
+
 def test_bfloat16_is_as_near_to_float32_as_attention_as_a_whole_is() -> None:
     arrays = inputs(200, 2)
     halves = [x.astype(jnp.bfloat16) for x in arrays]

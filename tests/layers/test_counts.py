@@ -43,10 +43,11 @@ CONFIGS = st.builds(
     st.sampled_from([1, 2, 4]),
     num_layers=st.integers(1, 3),
     head_size=st.sampled_from([0, 16]),
-    mlp=st.sampled_from(["gelu", "swiglu"]),
-    norm=st.sampled_from(["layernorm", "rmsnorm"]),
+    mlp=st.sampled_from(["gelu", "swiglu", "geglu"]),
+    norm=st.sampled_from(["layernorm", "rmsnorm", "rmsnorm1p"]),
     bias=st.sampled_from(["on", "qkv", "off"]),
-    qk_norm=st.sampled_from(["on", "off"]),
+    qk_norm=st.sampled_from(["on", "whole", "off"]),
+    norm_place=st.sampled_from(["before", "after", "both"]),
     embeddings=st.sampled_from(["tied", "untied"]),
 )
 

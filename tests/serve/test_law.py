@@ -36,11 +36,16 @@ MESHES = ["data=1", "tensor=2", "data=2", "pipe=2", "tensor=4", "pipe=4", "data=
 LARGE = ["tensor=8", "data=2,tensor=2,pipe=2", "data=2,pipe=4", "tensor=4,pipe=2", "data=4,tensor=2"]
 YARN: dict[str, Any] = {"rope_scaling": "yarn", "rope_factor": 4.0, "rope_original_tokens": 8, "rope_mscale_all": 1.0}
 YARN |= {"rope_high_frequency_factor": 2.0}
+BY_LAYER: dict[str, Any] = {"attention_pattern": ("window", "full", "unrotated"), "attention_window": 6}
+BY_LAYER |= {"window_rope_theta": 100.0, "attention_softcap": 1.5, "logit_softcap": 8.0, "norm_place": "both"}
+BY_LAYER |= {"embedding_scale": 2.0, "residual_scale": 0.5, "attention_scale": 0.4, "logit_scale": 0.5}
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt": ("gpt", {}),
     "llama": ("llama", {}),
     "one_kv_head": ("llama", {"num_kv_heads": 1}),
     "qwen3_with_window": ("llama", {"qk_norm": "on", "attention_window": 6}),
+    "attention_by_layer": ("llama", BY_LAYER),
+    "norm_of_all_heads": ("llama", {"qk_norm": "whole", "norm_place": "after", "num_kv_heads": 1}),
     "unequal_stages": ("gpt", {"num_layers": 5}),
     "experts": ("experts", {}),
     "experts_in_rounds": ("experts", {}),
@@ -51,6 +56,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 SAMPLE = [
     ("data=1", "qwen3_with_window"),
     ("tensor=4", "one_kv_head"),
+    ("pipe=2", "attention_by_layer"),
     ("pipe=2", "unequal_stages"),
     ("pipe=4", "llama"),
     ("data=2,tensor=2,pipe=2", "gpt"),

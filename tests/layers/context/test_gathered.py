@@ -13,7 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from trellax.layers.blockwise import QueryTile, attend_blockwise, attend_tile, heads_first, tile_grads, tokens_first
+from trellax.layers.blockwise import (
+    Limits,
+    QueryTile,
+    attend_blockwise,
+    attend_tile,
+    heads_first,
+    tile_grads,
+    tokens_first,
+)
 from trellax.layers.context import fused_tiles
 from trellax.layers.context.fused_tiles import FusedKernel
 from trellax.layers.context.gathered import How, attend_gathered
@@ -91,7 +99,7 @@ def on_ranks(arrays: Any, num_ranks: int, how: How) -> Any:
     """Return the results of a context mesh in the order of the sequence."""
     ordered = jax.tree.map(lambda leaf: order_chunks(leaf, num_ranks=num_ranks, dim=1), arrays)
     attend = jax.shard_map(
-        lambda *given: attend_gathered(*given, how),
+        lambda q, k, v, documents: attend_gathered(q, k, v, Limits(documents), how),
         mesh=mesh_of(f"context={num_ranks}"),
         in_specs=P(None, "context"),
         out_specs=P(None, "context"),
@@ -134,7 +142,7 @@ def test_documents_of_one_device_see_themselves_alone(window: int) -> None:
 def test_no_array_holds_the_scores_of_a_pair_of_chunks() -> None:
     how = How(window=0, axes=("context",), kernel=PlainKernel())
     attend = jax.shard_map(
-        lambda *given: attend_gathered(*given, how),
+        lambda q, k, v, documents: attend_gathered(q, k, v, Limits(documents), how),
         mesh=mesh_of("context=2"),
         in_specs=P(None, "context"),
         out_specs=P(None, "context"),

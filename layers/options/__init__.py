@@ -1,0 +1,1 @@
+"""Choices that a few architectures make: norms over all heads, factors, caps of scores, attention by layer."""

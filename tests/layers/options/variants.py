@@ -1,0 +1,13 @@
+"""Choices of a few architectures, on Llama's layers."""
+
+from typing import Any
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "olmo2": {"norm_place": "after", "qk_norm": "whole"},
+    "granite": {"embedding_scale": 12.0, "residual_scale": 0.22, "attention_scale": 0.4, "logit_scale": 0.125},
+    "smollm3": {"attention_pattern": ("full", "unrotated")},
+    "windows": {"attention_pattern": ("window", "full"), "attention_window": 5, "window_rope_theta": 100.0}
+    | {"rope_scaling": "linear", "rope_factor": 4.0, "attention_softcap": 1.5, "logit_softcap": 2.0},
+    "gemma": {"norm_place": "both", "qk_norm": "on", "norm": "rmsnorm1p", "mlp": "geglu"},
+    "norm1p of all heads": {"qk_norm": "whole", "norm": "rmsnorm1p"},
+}
