@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from trellax.commands.cli import main
@@ -69,7 +70,8 @@ def test_serving_layouts_of_the_tutorial_are_the_models() -> None:
     text = (DOCS / "tutorials" / "which-mesh.md").read_text()
     model, topology = load_config("llama3-70b-64gpu").model, read_topology("a100-80gbx8")
     for name, (alone, full, _) in rows_of(text, "| layout | one request alone |").items():
-        layout = Layout(**{axis: int(size) for axis, size in (part.split("=") for part in name.split())})
+        sizes: dict[str, Any] = {axis: int(size) for axis, size in (part.split("=") for part in name.split())}
+        layout = Layout(**sizes)
         inference = price_serving(ServeQuestion(model=model, topology=topology), layout).inference
         assert inference is not None
         assert alone == f"{serve(layout, batch=1).latency_s:.2f} s"
