@@ -130,8 +130,9 @@ def _planned(config: RunConfig, accelerator: str) -> float:
     num_devices = config.mesh.num_devices
     question = question_of(config, topology=read_topology(f"{accelerator}x{num_devices}"))
     layout = layout_of(config, num_devices=num_devices)
-    sizes = {"layout": layout, "num_tokens": question.num_tokens, "runtime": question.runtime}
-    return fullest(step_memory(config.model, **sizes)).total
+    assert question.runtime is not None
+    ranks = step_memory(config.model, layout=layout, num_tokens=question.num_tokens, runtime=question.runtime)
+    return fullest(ranks).total
 
 
 def compare(case: Case, compiled: dict[str, object]) -> Row:
