@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 # Run as a script, this file finds the folder `benchmarks` at the root of the repository.
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -131,8 +130,9 @@ def _planned(config: RunConfig, accelerator: str) -> float:
     num_devices = config.mesh.num_devices
     question = question_of(config, topology=read_topology(f"{accelerator}x{num_devices}"))
     layout = layout_of(config, num_devices=num_devices)
-    sizes: dict[str, Any] = {"layout": layout, "num_tokens": question.num_tokens, "runtime": question.runtime}
-    return fullest(step_memory(config.model, **sizes)).total
+    assert question.runtime is not None
+    ranks = step_memory(config.model, layout=layout, num_tokens=question.num_tokens, runtime=question.runtime)
+    return fullest(ranks).total
 
 
 def compare(case: Case, compiled: dict[str, object]) -> Row:

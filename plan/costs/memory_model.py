@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Any
 
 from ...layers import ModelConfig
-from ...schedules import find_family, simulate
+from ...schedules import Placement, find_family, simulate
 from .activations import boundary_bytes, layer_activation_bytes
 from .device_params import (
     End,
@@ -71,11 +71,6 @@ def step_memory(
     model: ModelConfig, *, layout: Layout, num_tokens: int, runtime: Runtime = TRELLAX
 ) -> tuple[MemoryUse, ...]:
     """Return the memory of a training step on a device of every pipeline rank; the fullest decides whether it fits."""
-    layers = stage_layers(model, layout)
-    is_one_program = runtime.residuals == "trellax"
-    if is_one_program and not model.dense_layers:
-        # Stages are padded to the largest. Layers of two kinds are always counted so.
-        layers = (max(layers),) * len(layers)
     terms = search_terms(model, layout=layout, num_tokens=num_tokens, runtime=runtime)
     in_flight = peak_in_flight(
         layout.schedule,
@@ -88,16 +83,8 @@ def step_memory(
     waiting = count_waiting(layout, traits=runtime.order_traits, terms=terms) if _waits(layout) else None
     in_flight = (waiting.on_device,) * layout.pipe if waiting else in_flight
     placement = find_placement(model, layout=layout, num_tokens=num_tokens, runtime=runtime)
-    # In one program for all ranks each has both tables, where those are not split.
-    both: tuple[End, ...] = ("embedding", "head")
-    held = [
-        (
-            both if is_one_program else ends_of(placement, rank),
-            held_layers(model, layers, stages=placement.stages_of(rank)),
-            in_flight[rank],
-        )
-        for rank in range(layout.pipe)
-    ]
+    parts = _parts_of_ranks(model, layout=layout, placement=placement, runtime=runtime)
+    held = [(*part, in_flight[rank]) for rank, part in enumerate(parts)]
     # Most ranks hold as much as others, and a search asks for ten thousand layouts.
     given: dict[str, Any] = {"layout": layout, "runtime": runtime, "num_tokens": num_tokens}
     uses = {own: _rank_memory(model, **given, ends=own[0], layers=own[1], held=own[2]) for own in dict.fromkeys(held)}
@@ -105,6 +92,25 @@ def step_memory(
         host = {own: waiting.on_host * kept_bytes(own[1].room, **given) for own in uses}
         uses = {own: replace(use, host=host[own]) for own, use in uses.items()}
     return tuple(uses[own] for own in held)
+
+
+def _parts_of_ranks(
+    model: ModelConfig, *, layout: Layout, placement: Placement, runtime: Runtime
+) -> list[tuple[tuple[End, ...], HeldLayers]]:
+    """Return the ends and the layers that each rank has memory for.
+
+    One program for all ranks has room for the layers of the largest stage on each, as layers of two kinds are always
+    counted, and for both ends where the vocabulary is not split.
+    """
+    layers = stage_layers(model, layout)
+    ranks = range(layout.pipe)
+    if runtime.residuals != "trellax":
+        return [
+            (ends_of(placement, rank), held_layers(model, layers, stages=placement.stages_of(rank))) for rank in ranks
+        ]
+    padded = layers if model.dense_layers else (max(layers),) * len(layers)
+    both: tuple[End, ...] = ("embedding", "head")
+    return [(both, held_layers(model, padded, stages=placement.stages_of(rank))) for rank in ranks]
 
 
 def _waits(layout: Layout) -> bool:
@@ -171,26 +177,18 @@ def _rank_memory(
     layers: HeldLayers,
     held: int,
 ) -> MemoryUse:
-    counted: dict[str, Any] = {"layout": layout, "runtime": runtime, "layers": layers.stored, "ends": ends}
-    params = device_params(model, **counted)
-    # Norms, biases and positions are whole on every data shard.
-    whole = params - device_matrices(model, **counted) if runtime.residuals == "trellax" and layout.zero > 1 else 0.0
     # Buffers of microbatches in flight have room for the largest chunk of the rank.
     room, times = (layers.room, held) if layout.pipe > 1 else (layers.stored, 1)
     kept = times * kept_bytes(room, layout=layout, runtime=runtime, num_tokens=num_tokens)
-    kept += _unrolled_bytes(layers.stored, layout=layout, runtime=runtime, num_tokens=num_tokens)
-    split = {"tensor": layout.tensor, "expert": layout.expert}
-    experts = sum(count * expert_matrices(kind, **split) for kind, count in layers.stored)
-    state = _split_state(layout, runtime, params=params, whole=whole, experts=experts)
-    trained = trained_params(model, params=params, layout=layout, runtime=runtime, layers=layers.stored) / params
-    kernels = sum(count * block_matrices(kind, **split) for kind, count in layers.stored) / params
-    state = _trained_state(state, runtime, trained=trained, kernels=kernels)
     kept += _gathered_bytes(layers.stored, layout=layout, runtime=runtime)
+    if layout.pipe == 1 and runtime.residuals == "trellax":
+        kept += _unrolled_bytes(layers.stored, layout=layout, runtime=runtime, num_tokens=num_tokens)
+    state = _rank_state(model, layout=layout, runtime=runtime, layers=layers.stored, ends=ends)
+    copies = copied_bytes(layers.stored, layout=layout) if runtime.weight_copies == "on" else 0.0
     tables = gathered_tables(model, layout=layout, runtime=runtime)
     given: dict[str, Any] = {"layout": layout, "runtime": runtime, "num_tokens": num_tokens, "ends": ends}
-    gradients = state["gradients"] * kernels
-    temporary = tables.copies + max(temporary_bytes(kind, **given, gradients=gradients) for kind, _ in layers.stored)
-    temporary += copied_bytes(layers.stored, layout=layout) if runtime.weight_copies == "on" else 0.0
+    temporary = copies + tables.copies
+    temporary += max(temporary_bytes(kind, **given, gradients=state["layers"]) for kind, _ in layers.stored)
     host = state["optimizer"] if layout.offload == "optimizer" else 0.0
     return MemoryUse(
         weights=state["weights"],
@@ -203,16 +201,24 @@ def _rank_memory(
     )
 
 
-def _trained_state(state: dict[str, float], runtime: Runtime, *, trained: float, kernels: float) -> dict[str, float]:
-    """Return the bytes of the state, given the shares of parameters that are trained and that are kernels."""
+def _rank_state(
+    model: ModelConfig, *, layout: Layout, runtime: Runtime, layers: KindCounts, ends: tuple[End, ...]
+) -> dict[str, float]:
+    """Return the bytes of weights, gradients and optimizer of a rank, and of the gradients those of its layers."""
+    counted: dict[str, Any] = {"layout": layout, "runtime": runtime, "layers": layers, "ends": ends}
+    params = device_params(model, **counted)
+    # trellax keeps norms, biases and positions whole on every data shard.
+    whole = params - device_matrices(model, **counted) if runtime.residuals == "trellax" and layout.zero > 1 else 0.0
+    split = {"tensor": layout.tensor, "expert": layout.expert}
+    experts = sum(count * expert_matrices(kind, **split) for kind, count in layers)
+    state = _split_state(layout, runtime, params=params, whole=whole, experts=experts)
     # Frozen weights have neither gradients nor moments.
-    return {
-        "weights": state["weights"] * (1 + trained if runtime.adapter_rank else 1),
-        "gradients": trained * state["gradients"],
-        "optimizer": trained
-        * state["optimizer"]
-        * (1 - runtime.kernel_saving_bytes / runtime.optimizer_state_bytes * kernels),
-    }
+    trained = trained_params(model, params=params, layout=layout, runtime=runtime, layers=layers) / params
+    state |= {name: trained * state[name] for name in ("gradients", "optimizer")}
+    state["weights"] *= 1 + trained if runtime.adapter_rank else 1
+    kernels = sum(count * block_matrices(kind, **split) for kind, count in layers)
+    state["optimizer"] *= 1 - runtime.kernel_saving_bytes / runtime.optimizer_state_bytes * kernels / params
+    return state | {"layers": state["gradients"] * kernels / params}
 
 
 def _unrolled_bytes(layers: KindCounts, *, layout: Layout, runtime: Runtime, num_tokens: int) -> float:
