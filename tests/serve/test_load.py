@@ -58,7 +58,7 @@ def check(mesh: str, style: str, weights: Weights) -> None:
 
 @pytest.mark.parametrize("weights", ["int8", "fp8"])
 def test_a_layer_multiplies_by_its_rounded_kernel(weights: Weights) -> None:
-    layer = quantize_layers(nnx.Sequential(RowLinear(16, 8, dim="ffn", rngs=nnx.Rngs(0))), weights).layers[0]
+    layer: Any = quantize_layers(nnx.Sequential(RowLinear(16, 8, dim="ffn", rngs=nnx.Rngs(0))), weights).layers[0]
     x = np.random.default_rng(0).standard_normal((2, 3, 16)).astype(np.float32)
     kernel = np.asarray(dequantize(layer.kernel[...], layer.kernel_scale[...]))
     assert layer.kernel[...].dtype.itemsize == 1
