@@ -195,9 +195,9 @@ def activation_bytes(
         none  4D + (2N + 2K)H/t + (2 or 3)F/t    x, the norms, the input of each matmul
 
     With sequence parallelism every D is D/t. "dots" and "none" also keep a float32 number for each query and head;
-    "none" keeps (N + K)H/t more where queries and keys are normalized. Both keep r for each adapter; with magnitudes
-    "none" keeps the features out of adapted layers once more, and "dots" D if down is one. A mixture of experts keeps
-    its shared features as F, and 2D + (1 to 3)F'/t for each row of an expert; "none" is within 1% there.
+    "none" keeps (N + K)H/t more for normed queries and keys. Both keep r for each adapter; with magnitudes "none" keeps
+    what adapted layers return once more, and "dots" D for down. A mixture of experts keeps its shared features as F,
+    and 2D + (1 to 3)F'/t for each row of an expert; "none" is within 1% there.
 
     Args:
         num_sequences: sequences of the microbatch on one data shard.
