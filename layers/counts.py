@@ -194,10 +194,9 @@ def activation_bytes(
         dots  2D + (2N + 2K)H/t + (1 or 2)F/t    x, the outputs of weight matmuls, but the last one, and of attention
         none  4D + (2N + 2K)H/t + (2 or 3)F/t    x, the norms, the input of each matmul
 
-    With sequence parallelism every D is D/t. "dots" and "none" also keep a float32 number for each query and head;
-    "none" keeps (N + K)H/t more for normed queries and keys. Both keep r for each adapter; with magnitudes "none" keeps
-    what adapted layers return once more, and "dots" D for down. A mixture of experts keeps its shared features as F,
-    and 2D + (1 to 3)F'/t for each row of an expert; "none" is within 1% there.
+    With sequence parallelism every D is D/t. "dots" and "none" also keep a float32 number for each query and head, and
+    r for each adapter; "none" (N + K)H/t for normed queries and keys. Magnitudes keep what they scale, "dots" D alone. A
+    mixture of experts keeps its shared features as F, and 2D + (1 to 3)F'/t a row; "none" is within 1% there.
 
     Args:
         num_sequences: sequences of the microbatch on one data shard.
