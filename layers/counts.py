@@ -195,8 +195,8 @@ def activation_bytes(
         none  4D + (2N + 2K)H/t + (2 or 3)F/t    x, the norms, the input of each matmul
 
     With sequence parallelism every D is D/t. "dots" and "none" also keep a float32 number for each query and head, and
-    r for each adapter; "none" (N + K)H/t for normed queries and keys. Magnitudes keep what they scale, "dots" D alone. A
-    mixture of experts keeps its shared features as F, and 2D + (1 to 3)F'/t a row; "none" is within 1% there.
+    r for each adapter; "none" (N + K)H/t for normed queries and keys. Magnitudes keep what they scale, "dots" D alone.
+    A mixture of experts keeps its shared features as F, and 2D + (1 to 3)F'/t a row; "none" is within 1% there.
 
     Args:
         num_sequences: sequences of the microbatch on one data shard.
