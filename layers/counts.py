@@ -208,10 +208,10 @@ def activation_bytes(
         dots  2D + (2N + 2K)H/t + (1 or 2)F/t    x, the outputs of weight matmuls, but the last one, and of attention
         none  4D + (2N + 2K)H/t + (2 or 3)F/t    x, the norms, the input of each matmul
 
-    With sequence parallelism every D is D/t. "dots" and "none" also keep a float32 number for each query and head;
-    "none" keeps (N + K)H/t more where queries and keys are normalized; norms of outputs keep up to 2D more. Both keep r
-    for each adapter; with magnitudes "none" keeps what adapted layers give once more, and "dots" D if down is one.
-    Experts keep shared features as F, and 2D + (1 to 3)F'/t a row, within 1%; own classes what their vjp's jaxpr does.
+    With sequence parallelism every D is D/t. "dots" and "none" also keep a float32 number for each query and head, and
+    r for each adapter; "none" (N + K)H/t for normed queries and keys, and up to 2D for norms of outputs. Magnitudes
+    keep what they scale, "dots" D alone. Experts keep shared features as F, and 2D + (1 to 3)F'/t a row; "none" is
+    within 1% there. Classes of the user's keep what the jaxpr of their vjp does.
 
     Args:
         num_sequences: sequences of the microbatch on one data shard.

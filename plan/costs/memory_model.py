@@ -226,8 +226,6 @@ def _unrolled_bytes(layers: KindCounts, *, layout: Layout, runtime: Runtime, num
 
     XLA unrolls loops of one layer, and merges the recomputation in the backward with the forward.
     """
-    if layout.pipe > 1 or runtime.residuals != "trellax":
-        return 0.0
     given: dict[str, Any] = {"runtime": runtime, "num_tokens": num_tokens}
     whole = replace(layout, remat="none")
     alone = [kind for kind, count in layers if count == 1 and layout.remat != "none"]

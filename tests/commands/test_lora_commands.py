@@ -1,5 +1,6 @@
 """Adapters on the command line: trained, exported beside and merged, trained further, and every mistake told."""
 
+import json
 import shlex
 from pathlib import Path
 
@@ -76,7 +77,24 @@ def test_describe_says_how_much_is_trained(here: Path, capsys: pytest.CaptureFix
     assert "are trained: adapters of rank 2 on query, down" in out
 
 
-def test_planner_says_that_it_prices_no_adapters(here: Path, capsys: pytest.CaptureFixture) -> None:
+def test_planner_prices_adapters(here: Path, capsys: pytest.CaptureFixture) -> None:
     main(["import-hf", "model", "runs/mine"])
-    assert main(f"plan runs/mine/config.toml {LORA} --topology h100x8".split()) == 2
-    assert "not adapters" in capsys.readouterr().err
+    capsys.readouterr()
+    plans = []
+    for words in (LORA, LORA.replace("lora_rank 2", "lora_rank 0").partition(" --model.lora_alpha")[0]):
+        ask = f"plan runs/mine/config.toml {words} --topology h100x8 --this --json"
+        assert main(ask.split()) == 0
+        plans.append(json.loads(capsys.readouterr().out))
+    gradients = [_find(told, "gradients") for told in plans]
+    assert 0 < gradients[0] < 0.2 * gradients[1]
+
+
+def _find(told: object, name: str) -> float:
+    """Return the first number of this name in a tree."""
+    if isinstance(told, dict):
+        if isinstance(told.get(name), int | float):
+            return float(told[name])
+        found = [_find(own, name) for own in told.values()]
+    else:
+        found = [_find(own, name) for own in told] if isinstance(told, list) else []
+    return next((value for value in found if value), 0.0)
