@@ -69,11 +69,12 @@ def average_of(state: TrainState) -> Any:
 
 
 def difference(here: Any, there: Any) -> float:
-    pairs = zip(jax.tree.leaves(here), jax.tree.leaves(there), strict=True)
+    # Some may lie in the memory of the host.
+    pairs = zip(*(map(np.asarray, jax.tree.leaves(tree)) for tree in (here, there)), strict=True)
     return max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in pairs)
 
 
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("kind", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
 def test_last_transformation_averages_the_weights_that_a_step_leads_to(kind: Literal["adamw", "muon"]) -> None:
     rng = np.random.default_rng(0)
     stages = {"kernel": rng.standard_normal((1, 1, 2, 4, 4)), "scale": rng.standard_normal((1, 1, 2, 4))}

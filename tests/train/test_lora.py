@@ -111,3 +111,17 @@ def test_frozen_weights_are_kept_in_the_compute_dtype(text: Path) -> None:
         "lora_a": "float32",
         "lora_b": "float32",
     }
+
+
+@pytest.mark.slow
+def test_average_is_that_of_the_adapters_and_is_merged_as_they_are(text: Path) -> None:
+    config = lora_run(text, steps=4, ema=0.9)
+    state = initial_state(setup_of(config))
+    counts = param_counts(config.model)
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state[-1])) == 4 * counts.adapters
+    train(config)
+    tokens = jnp.arange(12)[None] % 61
+    own, last = load_model(SOURCE)(tokens), load_model(config.run_folder)(tokens)
+    average = load_model(config.run_folder, weights="ema")(tokens)
+    # It remembers the first adapters, with which the model is that of its source.
+    assert 0 < jnp.abs(average - own).max() < jnp.abs(last - own).max()

@@ -39,6 +39,7 @@ def test_validations_without_a_lower_loss_are_counted() -> None:
     assert not never.is_reached
 
 
+@pytest.mark.slow
 def test_run_ends_on_a_plateau_and_says_so(tiny: Tiny) -> None:
     talk = io.StringIO()
     config = tiny(f"{WORDS} --train.patience {PATIENCE}")
