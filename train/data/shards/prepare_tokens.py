@@ -66,7 +66,7 @@ def prepare_tokens(
     if (finished := _open_folder(out, description)) is not None:
         return finished
     keep_tokenizer(tokenizer, out)
-    job = ShardJob(folder=out, tokenizer=tokenizer, field=field, holds=holds)
+    job = ShardJob(folder=out, tokenizer=tokenizer, field=field, holds=holds, made_of=repr(description))
     damage, entries = Damage(), {}
     done, total = 0, sum(unit.num_bytes for unit in units)
     for number, entry in _find_and_write(job, units, num_processes=num_processes):
