@@ -66,9 +66,9 @@ def prepare_tokens(
     if (finished := _open_folder(out, description)) is not None:
         return finished
     keep_tokenizer(tokenizer, out)
-    contents = f"{description['tokenizer']} {description.get('template')}"
-    job = ShardJob(folder=out, tokenizer=tokenizer, contents=contents, field=field, holds=holds)
-    damage, entries, done, total = Damage(), {}, 0, sum(unit.num_bytes for unit in units)
+    job = ShardJob(folder=out, tokenizer=tokenizer, field=field, holds=holds, made_of=repr(description))
+    damage, entries = Damage(), {}
+    done, total = 0, sum(unit.num_bytes for unit in units)
     for number, entry in _find_and_write(job, units, num_processes=num_processes):
         entries[number] = entry
         damage.merge(**{name: entry[name] for name in ("num_records", "num_damaged", "places")})

@@ -35,15 +35,15 @@ _HEADER_BYTES = 128
 class ShardJob:
     """How units become shards: the folder, the tokenizer (its path, or "bytes"), and the field of records.
 
-    contents: what the tokenizer's files hold, as hashes: a process reads them once, and again if they have changed.
     holds: what the records are; of chats, a mask beside the tokens says which of them are answers.
+    made_of: what the tokens follow from; another tokenizer under the same path is another one.
     """
 
     folder: Path
     tokenizer: str
-    contents: str
     field: str
     holds: Holds = "text"
+    made_of: str = ""
 
 
 def write_shard(job: ShardJob, number: int, unit: Unit) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def write_shard(job: ShardJob, number: int, unit: Unit) -> dict[str, Any]:
     """
     tokens, mask = f"tokens-{number:05}.npy", f"tokens-{number:05}.mask.npy"
     names = {"tokens": tokens, "documents": f"documents-{number:05}.npy"}
-    tokenizer = None if job.tokenizer == BYTES else _load(job.tokenizer, job.contents)
+    tokenizer = None if job.tokenizer == BYTES else _load(job.tokenizer, job.made_of)
     damage, ends, largest, text_bytes = Damage(), array.array("q"), -1, 0
     with ExitStack() as stack:
         array_of_tokens = stack.enter_context(_append_to(job.folder / tokens, dtype_of(tokenizer)))
@@ -116,7 +116,7 @@ def _tokenize(job: ShardJob, unit: Unit, tokenizer: ModelTokenizer | None, damag
 
 
 @cache
-def _load(path: str, _contents: str) -> ModelTokenizer:
+def _load(path: str, _made_of: str) -> ModelTokenizer:
     return load_tokenizer(path)
 
 
