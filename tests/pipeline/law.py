@@ -217,9 +217,8 @@ def pipeline_step(
     model = split_transformer(config, mesh=devices, rules=rules, **cut)
     fns = replace(model.fns, frozen=frozen or model.fns.frozen)
     run = partial(pipeline_grads, fns, mesh=devices, schedule=plan, overlap=overlap, bubbles=bubbles, key=key)
-    axes = {"over": spec.roles.batch, "context": spec.roles.context}
-    given = batch or masked_batch(num_sequences)
-    cut_batch = microbatches(given, mesh=devices, num_microbatches=num_microbatches, **axes)
+    axes: dict[str, Any] = {"num_microbatches": num_microbatches, "context": spec.roles.context}
+    cut_batch = microbatches(batch or masked_batch(num_sequences), mesh=devices, over=spec.roles.batch, **axes)
     return Step(model=model, run=_with_norm(run), params=cut_params(config, model), batch=cut_batch)
 
 
