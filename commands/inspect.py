@@ -6,6 +6,7 @@ import resource
 
 from ..configs.check import check_run
 from ..configs.run_config import RunConfig
+from ..layers.own.check_config import has_own_classes
 from ..meshes import ConfigError, TargetError, build_mesh
 from ..meshes.columns import align
 from ..programs import Machine, ProgramReport, Target, draw_report, format_report, hlo_text, open_target
@@ -64,9 +65,10 @@ def _prepare(config: RunConfig, target: Target) -> tuple[Machine, Setup]:
             f"mesh {config.mesh} takes {needed} devices, but target {target} has {num_devices}.",
             fix=f"write --target {target.name}:{needed}, or --mesh.data -1 for all that are left.",
         )
-    # First, since a module of the user's that the config names may start jax.
-    machine = open_target(target, num_devices=num_devices)
+    # A module of the user's that the check imports may start jax, with devices that are not the target's.
+    opened = open_target(target, num_devices=num_devices) if has_own_classes(config.model) else None
     spec = check_run(config, num_devices=num_devices)
+    machine = opened or open_target(target, num_devices=num_devices)
     setup = Setup(config, build_mesh(spec, devices=machine.devices))
     setup.check()
     return machine, setup
