@@ -1,4 +1,4 @@
-"""Commands read the average of a run's weights with `--weights ema`, and say so where there is none."""
+"""Commands read the average of a run's weights with `--ema`, and say so where there is none."""
 
 import io
 import json
@@ -15,6 +15,8 @@ from trellax.hub import load_model
 from trellax.train import evaluate, train
 
 pytestmark = pytest.mark.slow
+
+CHOICE = {"last": [], "ema": ["--ema"]}
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +50,7 @@ def test_exported_average_is_that_of_the_run(run: Path, tmp_path: Path, capsys: 
                 "export-hf",
                 str(run),
                 str(tmp_path / name),
-                "--weights",
-                name,
+                *CHOICE[name],
                 "--architecture",
                 "llama",
                 "--dtype",
@@ -65,7 +66,7 @@ def test_exported_average_is_that_of_the_run(run: Path, tmp_path: Path, capsys: 
     # Exported weights have no tokenizer of bytes, so the runs' own losses are compared.
     losses = [evaluate(run, weights=name) for name in ("last", "ema")]
     data = ["--data", str(run.parent / "corpus.txt"), "--json"]
-    found = [call(["eval", str(run), "--weights", name, *data], capsys)["all"]["loss"] for name in ("last", "ema")]
+    found = [call(["eval", str(run), *CHOICE[name], *data], capsys)["all"]["loss"] for name in ("last", "ema")]
     # Four steps at a high rate: the average is nearer to the first weights, and worse, on both.
     assert losses[0] < losses[1]
     assert found[0] < found[1]
@@ -73,12 +74,12 @@ def test_exported_average_is_that_of_the_run(run: Path, tmp_path: Path, capsys: 
 
 def test_answers_are_those_of_the_average(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--prompt", "the quick", "--max-new-tokens", "8", "--json"]
-    asked = [call(["generate", str(run), *words, "--weights", name], capsys) for name in ("last", "ema")]
+    asked = [call(["generate", str(run), *words, *CHOICE[name]], capsys) for name in ("last", "ema")]
     assert all(len(answers[0]["token_ids"]) == 8 for answers in asked)
     assert asked[0][0]["token_ids"] != asked[1][0]["token_ids"]
 
 
 def test_hugging_face_folder_has_no_average(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     call(["export-hf", str(run), str(tmp_path / "out"), "--architecture", "llama", "--json"], capsys)
-    assert main(["generate", str(tmp_path / "out"), "--prompt", "a", "--weights", "ema"]) == 2
+    assert main(["generate", str(tmp_path / "out"), "--prompt", "a", "--ema"]) == 2
     assert "is no run folder: only a run holds an average of its weights" in capsys.readouterr().err
