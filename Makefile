@@ -5,9 +5,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-PYTEST := $(BIN)/python -m pytest
-# A process a core, and each test file in one process: files share what they compile. In the order of their names, which
-# puts tests/faults first: by number of tests, a file of one long test would run last, beside nothing.
+# Bytecode is kept: commands that tests start read the same modules again.
+PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
+# A process a core, and each test file in one process: files share what they compile. In the order of tests/conftest.py:
+# by number of tests, a file of one long test would run last, beside nothing.
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .PHONY: quickstart test check slow test-cuda golden docs lock clean

@@ -52,9 +52,7 @@ def _make_model(values: Mapping[str, Any]) -> ModelConfig:
             raise ModelError(f"{field.name}={value} is not finite.")
     # JSON has no tuples.
     own = dict(values)
-    for name in ("lora_targets", "dims"):
-        if isinstance(own.get(name), list):
-            own[name] = tuple(own[name])
+    own |= {name: tuple(value) for name, value in own.items() if isinstance(value, list)}
     return ModelConfig(**own)
 
 

@@ -14,7 +14,7 @@ from .block import Remat
 from .config import ModelConfig
 from .experts.kinds import layer_kinds
 from .lora.check_config import lora_targets
-from .options.by_layer import windows_of_layers
+from .options.check_config import windows_of_layers
 from .own.check_config import has_own_classes
 from .own.counts import block_params, norm_params, own_flops
 from .own.trace import kept_bytes

@@ -34,9 +34,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("needs the CUDA plugin: pip install 'trellax[cuda]'")
 
 
+_QUICK = ("configs", "docs", "meshes", "plan", "schedules")
+"""Folders of short tests: they come last, so that all processes of pytest-xdist end at about one time."""
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the cases of `slow_cases.txt` as slow: siblings of cases that stay in `make test`, chosen by their time."""
+    items.sort(key=lambda item: item.nodeid.startswith(tuple(f"tests/{folder}/" for folder in _QUICK)))
     slow = slow_cases()
     for item in items:
         if item.nodeid in slow:

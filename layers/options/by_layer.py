@@ -76,15 +76,3 @@ def choose_window(is_windowed: jax.Array | None, window: int, run: Callable[...,
     # Operands are arguments, not captured: kernels tell their residuals apart by identity.
     within, everything = (lambda *own, size=size: run(size, *own) for size in (window, 0))
     return jax.lax.cond(is_windowed, within, everything, *operands)
-
-
-def windows_of_layers(config: ModelConfig) -> tuple[int, ...]:
-    """Return the window of every layer, 0 for all tokens before.
-
-    >>> sizes = {"vocab_size": 256, "num_layers": 3, "hidden_size": 64, "num_heads": 4, "attention_window": 8}
-    >>> windows_of_layers(ModelConfig(attention_pattern=("window", "full"), **sizes))
-    (8, 0, 8)
-    """
-    if not config.attention_pattern:
-        return (config.attention_window,) * config.num_layers
-    return tuple(config.attention_window if kind == WINDOW else 0 for kind in attention_kinds(config))

@@ -28,6 +28,13 @@ def attention_kinds(config: Any) -> tuple[str, ...]:
     return tuple(pattern[layer % len(pattern)] for layer in range(config.num_layers))
 
 
+def windows_of_layers(config: Any) -> tuple[int, ...]:
+    """Return the window of every layer, 0 for all tokens before."""
+    if not config.attention_pattern:
+        return (config.attention_window,) * config.num_layers
+    return tuple(config.attention_window if kind == WINDOW else 0 for kind in attention_kinds(config))
+
+
 def check_options(config: Any) -> None:
     """Raise unless the choices of a `ModelConfig` that are explained in this folder agree with its other fields.
 

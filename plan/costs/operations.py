@@ -75,7 +75,8 @@ def layer_operations(model: ModelConfig, *, size: LayerSize, runtime: Runtime) -
             continue
         if runtime.product_format.is_narrow:
             yield _casts(operation, item_bytes(model), runtime)
-        if num_adapters := sum(not set(operation.layers).isdisjoint(names) for names in runtime.adapted):
+        adapted = runtime.adapted if runtime.adapter_rank else ()
+        if num_adapters := sum(not set(operation.layers).isdisjoint(names) for names in adapted):
             yield from _adapter(operation, item_bytes(model), num_adapters * runtime.adapter_rank)
             if model.lora_magnitude == "on":
                 yield _magnitudes(operation, item_bytes(model))

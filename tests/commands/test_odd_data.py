@@ -66,7 +66,7 @@ def make_sparse(path: Path, size: int) -> Path:
 def test_text_larger_than_memory_is_refused_unread(tmp_path: Path) -> None:
     file = make_sparse(tmp_path / "endless.txt", 20_000_000_000)
     data = DataSection(source="text", paths=(str(file),), seq_len=4)
-    with pytest.raises(DataError, match=r"1 text file of 20,000,000,000 bytes, the largest .*endless\.txt"):
+    with pytest.raises(DataError, match=r"1 file of 20,000,000,000 bytes, the largest .*endless\.txt"):
         load_corpus(data)
 
 

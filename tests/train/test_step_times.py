@@ -11,6 +11,7 @@ from trellax.train import loop
 from trellax.train.intervals import Intervals
 from trellax.train.loop import take_steps
 from trellax.train.metrics import NoLog, step_timer
+from trellax.train.metrics.plateau import Plateau
 from trellax.train.metrics.progress import StepProgress
 from trellax.train.metrics.step_timer import StepTimer
 from trellax.train.metrics.throughput import Throughput
@@ -91,7 +92,9 @@ def make_run(device: Device, monkeypatch: pytest.MonkeyPatch, *, eval_every: int
 
     def train(state: Any, batch: object, peak_rate: object) -> tuple[Any, Any]:
         loss = Scalar(device, device.work(STEP_S))
-        metrics = SimpleNamespace(loss=loss, grad_norm=loss, lr=loss, taken=loss, router={})
+        metrics = SimpleNamespace(
+            loss=loss, grad_norm=loss, lr=loss, taken=loss, router={}, preferences={}, noise={}, block={}
+        )
         return SimpleNamespace(step=state.step + 1), metrics
 
     config = SimpleNamespace(train=SimpleNamespace(steps=9))
@@ -103,12 +106,14 @@ def make_run(device: Device, monkeypatch: pytest.MonkeyPatch, *, eval_every: int
     )
     folder, checkpoints = SimpleNamespace(check=lambda: None), Checkpoints(device)
     shared: dict[str, Any] = {"setup": setup, "data": data}
-    saving: dict[str, Any] = {"checkpoints": checkpoints, "folder": folder}
+    plateau = Plateau(0)
+    saving: dict[str, Any] = {"checkpoints": checkpoints, "folder": folder, "plateau": plateau}
     own: dict[str, Any] = {"compiled": SimpleNamespace(train=train, evaluate=None), "profile": Profile(device)}
     return Run(
         **shared,
         **own,
         saver=StateSaver(**shared, **saving),
+        plateau=plateau,
         intervals=Intervals(first_step=0, steps=9, log_every=3, eval_every=eval_every, save_every=save_every),
         timer=StepTimer(window=3),
         throughput=Throughput(tokens_per_step=8, flops_per_token=1.0, peak_flops_per_s=None),

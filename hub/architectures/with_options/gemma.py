@@ -13,8 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from ....layers import ModelConfig
-from ....layers.options.by_layer import windows_of_layers
-from ....layers.options.check_config import FULL, UNROTATED, WINDOW
+from ....layers.options.check_config import FULL, UNROTATED, WINDOW, windows_of_layers
 from ....meshes.errors import shown
 from ..architecture import Values
 from ..llama_family import BIASES, LLAMA_TENSORS

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 from trellax.layers import Block, ModelConfig, flops_per_token
-from trellax.layers.options.by_layer import attention_of_layer, windows_of_layers
+from trellax.layers.options.by_layer import attention_of_layer
+from trellax.layers.options.check_config import windows_of_layers
 from trellax.layers.rope.frequencies import rope_frequencies
 from trellax.meshes import ModelError
 
