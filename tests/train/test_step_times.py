@@ -97,7 +97,7 @@ def make_run(device: Device, monkeypatch: pytest.MonkeyPatch, *, eval_every: int
         )
         return SimpleNamespace(step=state.step + 1), metrics
 
-    config = SimpleNamespace(train=SimpleNamespace(steps=9))
+    config = SimpleNamespace(train=SimpleNamespace(steps=9, batch_size=8))
     setup = SimpleNamespace(config=config, mesh=SimpleNamespace(devices=np.zeros(1)), peak_rate=None)
     data = SimpleNamespace(
         train_batch=lambda step: {},
