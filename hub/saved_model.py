@@ -52,7 +52,8 @@ def _make_model(values: Mapping[str, Any]) -> ModelConfig:
             raise ModelError(f"{field.name}={value} is not finite.")
     # JSON has no tuples.
     own = dict(values)
-    own |= {name: tuple(value) for name, value in own.items() if isinstance(value, list)}
+    tuples = [field.name for field in fields(ModelConfig) if isinstance(field.default, tuple)]
+    own |= {name: tuple(own[name]) for name in tuples if isinstance(own.get(name), list)}
     return ModelConfig(**own)
 
 

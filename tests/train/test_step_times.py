@@ -102,6 +102,7 @@ def make_run(device: Device, monkeypatch: pytest.MonkeyPatch, *, eval_every: int
     data = SimpleNamespace(
         train_batch=lambda step: {},
         train=SimpleNamespace(num_sequences=lambda step: step),
+        sets={},
         corpus=SimpleNamespace(sha256=""),
     )
     folder, checkpoints = SimpleNamespace(check=lambda: None), Checkpoints(device)
