@@ -104,8 +104,8 @@ class Stage:
         def layer(index: jax.Array | int, carry: tuple[jax.Array, KVCache]) -> tuple[jax.Array, KVCache]:
             x_BTD, cache = carry
             block = self._blocks[stack.kind.name].merge(read(params, 0, index))
-            number = stack.number_of(index, self.rank) if self.config.attention_pattern else None
-            x_BTD, cache = block.extend(x_BTD, cache=cache, layer=index, new=new, number=number)
+            own = {"number": stack.number_of(index, self.rank)} if self.config.attention_pattern else {}
+            x_BTD, cache = block.extend(x_BTD, cache=cache, layer=index, new=new, **own)
             return self.vary(x_BTD), cache
 
         size = stack.size

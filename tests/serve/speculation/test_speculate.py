@@ -36,8 +36,16 @@ def test_looked_up_guesses_change_no_answer() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["greedy", "sampled", "changed"])
-@pytest.mark.parametrize("style", STYLES)
-@pytest.mark.parametrize("mesh", ["data=1", "tensor=2", "data=2,pipe=2", "pipe=4", "tensor=4,pipe=2"])
+@pytest.mark.parametrize(
+    ("mesh", "style"),
+    [
+        (mesh, style)
+        for mesh in ("data=1", "tensor=2", "data=2,pipe=2", "pipe=4", "tensor=4,pipe=2")
+        for style in STYLES
+        # Three layers fill no four stages.
+        if (mesh, style) != ("pipe=4", "uneven")
+    ],
+)
 def test_looked_up_guesses_change_no_answer_on_all_meshes(mesh: str, style: str, kind: str) -> None:
     check(mesh, style, kind, Speculation(tokens=4))
 
