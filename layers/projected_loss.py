@@ -82,42 +82,6 @@ def projected_cross_entropy(
     return run_in_blocks(sum_losses, rules=rules, in_dims=in_dims, out_dims=())(x_BTD, table_VD, targets_BT, weights_BT)
 
 
-def sequence_losses(
-    x_BTD: jax.Array,
-    table_VD: jax.Array,
-    targets_BT: jax.Array,
-    weights_BT: jax.Array,
-    *,
-    rules: ShardingRules = DEFAULT_RULES,
-    shape: LogitShape = PLAIN_LOGITS,
-) -> jax.Array:
-    """Return the loss of each sequence, summed over its tokens: as `projected_cross_entropy`, without gradients.
-
-    x[B@data, T, D], table[V@tensor, D], targets[B@data, T], weights[B@data, T] -> [B@data], float32
-
-    Costs the all-reduces of `cross_entropy` chunk by chunk.
-
-    Raises:
-        ModelError: as `projected_cross_entropy` does.
-        ShardingError: as `projected_cross_entropy` does.
-    """
-    check_features(x_BTD, table_VD.shape[-1], layer="the head's table")
-    axes, of_x = (
-        _How(vocab=rules.axes("vocab"), tokens=rules.token_axes, shape=shape),
-        ("batch", "stream_tokens", "embed"),
-    )
-
-    def sum_losses(x_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array) -> jax.Array:
-        targets_BT, weights_BT = reject_unknown_targets(targets_BT, weights_BT, table_VD.shape[0], axes.vocab)
-        return _sum_sequences(
-            gather_tokens(x_BTD, axes.tokens), table_VD, targets_BT, weights_BT.astype(jnp.float32), how=axes
-        )
-
-    in_dims = (of_x, ("vocab", "embed"), ("batch", "tokens"), ("batch", "tokens"))
-    run = run_in_blocks(sum_losses, rules=rules, in_dims=in_dims, out_dims=("batch",))
-    return run(*map(jax.lax.stop_gradient, (x_BTD, table_VD)), targets_BT, weights_BT)
-
-
 class TokenScores(NamedTuple):
     """The log-likelihood of every target, and whether it is the likeliest word, the first of equal ones; [B, T]."""
 
@@ -227,22 +191,6 @@ def _sum_chunks(
 
     start = mark_varying(jnp.zeros((), jnp.float32), varying_axes(x_BTD, targets_BT, weights_BT, without=how.vocab))
     return _scan(chunk, start, _cut_tokens(x_BTD, targets_BT, weights_BT))[0]
-
-
-def _sum_sequences(
-    x_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, *, how: _How
-) -> jax.Array:
-    """Compute the loss of each sequence chunk by chunk: x[B, T, D], table[V@vocab, D] -> [B]."""
-    table_VD = table_VD.astype(x_BTD.dtype)
-
-    def chunk(loss_B: jax.Array, part: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
-        x_BtD, targets_Bt, weights_Bt = part
-        losses = token_losses(_logits(x_BtD, table_VD, how.shape), targets_Bt, how.vocab)
-        return loss_B + (weights_Bt * losses.loss).sum(-1), None
-
-    marks = varying_axes(x_BTD, targets_BT, weights_BT, without=how.vocab)
-    start_B = mark_varying(jnp.zeros(x_BTD.shape[0], jnp.float32), marks)
-    return _scan(chunk, start_B, _cut_tokens(x_BTD, targets_BT, weights_BT))[0]
 
 
 def _differentiate_chunks(

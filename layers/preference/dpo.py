@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from ...meshes import DEFAULT_RULES, ShardingRules
 from ..options.logits import PLAIN_LOGITS, LogitShape
-from ..projected_loss import projected_cross_entropy, sequence_losses
+from ..projected_loss import projected_cross_entropy, projected_scores
 
 
 class PreferenceLoss(NamedTuple):
@@ -46,7 +46,7 @@ def preference_loss(
 
     x[B@data, T, D], table[V@tensor, D], targets and weights [B@data, T], reference and shares [B@data] -> []
 
-    Both rows of a pair are on one device. Costs the sums of `projected_cross_entropy` and those of `sequence_losses`.
+    Both rows of a pair are on one device. Costs the sums of `projected_cross_entropy` and those of `projected_scores`.
 
     Args:
         weights_BT: 1 for a token of the answer, else 0.
@@ -56,7 +56,9 @@ def preference_loss(
     Raises:
         ModelError: as `projected_cross_entropy` does.
     """
-    losses_B = sequence_losses(x_BTD, table_VD, targets_BT, weights_BT, rules=rules, shape=shape)
+    x, table = map(jax.lax.stop_gradient, (x_BTD, table_VD))
+    logprob_BT = projected_scores(x, table, targets_BT, rules=rules, shape=shape).logprob
+    losses_B = -jnp.where(weights_BT > 0, weights_BT * logprob_BT, 0.0).sum(-1)
     found, slope_B = _compare(losses_B, reference_B, shares_B, beta=beta)
     weights_BT = weights_BT * slope_B[:, None]
     # It has the gradient of the loss, and another value, which is taken off again.
