@@ -10,7 +10,7 @@ import jax
 
 from ..hub.model_folder import ModelSource, open_model
 from ..layers import ModelConfig
-from ..layers.cache import CacheDtype
+from ..layers.attention.cache import CacheDtype
 from ..layers.quantized import Weights
 from ..meshes import ConfigError, MeshSpec, build_mesh, use_fake_devices
 from ..meshes.build import visible_devices

@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING
 from ..meshes.lazy import make_lazy
 
 if TYPE_CHECKING:
-    from .attention import Attention
+    from .attention.attention import Attention
+    from .attention.cache import KVCache, NewTokens, bytes_per_device
     from .block import Block, Remat
-    from .cache import KVCache, NewTokens, bytes_per_device
     from .config import ModelConfig
     from .counts import ActivationBytes, FlopCounts, ParamCounts, activation_bytes, flops_per_token, param_counts
     from .embedding import Embedding

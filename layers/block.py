@@ -10,9 +10,9 @@ from flax import nnx
 
 from ..meshes import DEFAULT_RULES, ModelError, ShardingRules
 from ..meshes.arguments import check_choice
-from .attention import Attention
-from .blockwise import FLASH_OUTPUTS
-from .cache import KVCache, NewTokens
+from .attention.attention import Attention
+from .attention.blockwise import FLASH_OUTPUTS
+from .attention.cache import KVCache, NewTokens
 from .collectives import BLOCK_SUMS
 from .config import ModelConfig
 from .context.places import Places

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 from ..meshes import ModelError
 from ..meshes.arguments import check_choice, check_count
-from .attention_counts import attention_norms, attention_weights, attention_widths
+from .attention.counts import attention_norms, attention_weights, attention_widths
 from .block import Remat
 from .config import ModelConfig
 from .experts.kinds import layer_kinds

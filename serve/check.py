@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import get_args
 
 from ..layers import ModelConfig, model_rules
-from ..layers.cache import CacheDtype
+from ..layers.attention.cache import CacheDtype
 from ..layers.own.load import load_class
 from ..meshes import MeshAxes, ServeError, ShardingRules
 from ..meshes.arguments import check_choice, check_count

@@ -19,9 +19,9 @@ from .chunks import chunk_shapes
 from .decode import decode
 from .experts import with_room
 from .params import stage_shapes
-from .penalties import PromptPart, note_prompt
 from .prefill import prefill
 from .processes.place import with_placed_inputs
+from .sampling.penalties import PromptPart, note_prompt
 from .slots import SlotInputs, input_shapes, part_shapes
 from .stacks import LayerLoop
 from .stage import Stage, block_specs

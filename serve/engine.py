@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ..layers import ModelConfig, bytes_per_device
-from ..layers.cache import CacheDtype
+from ..layers.attention.cache import CacheDtype
 from ..meshes import MeshAxes, mesh_sizes
 from ..meshes.axes import DEFAULT_AXES
 from .check import check_model, check_request, check_values
@@ -29,7 +29,7 @@ from .params import stage_params, stage_shapes, weights_of
 from .processes.place import gather
 from .requests import Request, RequestScheduler, ServedSequence
 from .results import Completion, Place, Usage, complete, not_finite, on_host, record_tokens
-from .sampling import NOTHING, Choice
+from .sampling.choose import NOTHING, Choice
 from .slots import empty_inputs, prompt_parts, write_inputs
 from .speculation.speculate import Speculation, Speculator
 from .stacks import LayerLoop

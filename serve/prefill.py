@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from ..layers import NewTokens
 from ..pipeline.executor.buffers import read
 from .chunks import Chunks
-from .penalties import count_tokens, is_penalized
-from .sampling import NOTHING, Choice, no_choice
+from .sampling.choose import NOTHING, Choice, no_choice
+from .sampling.penalties import count_tokens, is_penalized
 from .slots import SlotInputs
 from .stage import Stage, rows_of
 from .state import ServeState

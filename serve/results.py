@@ -8,7 +8,7 @@ import numpy as np
 
 from ..meshes import ServeError
 from .requests import FinishReason, RequestScheduler, ServedSequence, TokenLogprobs
-from .sampling import Choice
+from .sampling.choose import Choice
 
 Place = tuple[int, ...]
 """The place of a token among all that a call has chosen."""

@@ -13,9 +13,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from ..meshes import DEFAULT_RULES, ShardingRules
-from .penalties import PromptPart
 from .requests import MOST_BIASES, ServedSequence
-from .sampling_settings import SamplingSettings
+from .sampling.penalties import PromptPart
+from .sampling.settings import SamplingSettings
 from .state import Sizes
 
 

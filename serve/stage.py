@@ -23,8 +23,8 @@ from ..meshes.ring import check_ring
 from ..pipeline.executor.buffers import read
 from ..pipeline.model.trees import on_mesh
 from .params import block_on
-from .sampling import Choice, choose
-from .sampling_settings import SamplingSettings
+from .sampling.choose import Choice, choose
+from .sampling.settings import SamplingSettings
 from .stacks import LayerLoop, StageStack, stage_stacks
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from ..layers import KVCache, ModelConfig
-from ..layers.cache import CacheDtype, cache_shapes
+from ..layers.attention.cache import CacheDtype, cache_shapes
 from ..meshes import MeshAxes, ServeError, ShardingRules
 from ..meshes.arguments import check_count, check_fields
 from ..meshes.axes import DEFAULT_AXES

@@ -24,7 +24,11 @@ from trellax.serve import Request
 PUBLIC = (Path(__file__).parent / "golden" / "public_names.txt").read_text(encoding="utf-8").split()
 INTERNAL = [
     *("trellax.meshes.processes.launchers.find_processes", "trellax.layers.block.rematerialize"),
-    *("trellax.layers.block.run_blocks", "trellax.layers.cache.cache_shapes", "trellax.layers.partitioning.make_param"),
+    *(
+        "trellax.layers.block.run_blocks",
+        "trellax.layers.attention.cache.cache_shapes",
+        "trellax.layers.partitioning.make_param",
+    ),
 ]
 """Functions that no package exports, and that check what they are given all the same."""
 
@@ -56,7 +60,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "layers.MLP": {"config": MODEL, "rngs": nnx.Rngs(0)},
     "layers.ModelConfig": {"vocab_size": 64, "num_layers": 4, "hidden_size": 32, "num_heads": 4},
     "layers.activation_bytes": {"config": MODEL, "num_sequences": 1, "num_tokens": 8},
-    "layers.cache.cache_shapes": {
+    "layers.attention.cache.cache_shapes": {
         "config": MODEL,
         "mesh": MESH,
         "num_rows": 1,

@@ -6,9 +6,9 @@ import jax
 
 from ...meshes import ShardingRules
 from ...meshes.device_axes import manual_axes
-from ..blockwise import Limits
+from ..attention.blockwise import Limits
+from ..attention.flash import attend_causally, choose_kernel
 from ..config import ModelConfig
-from ..flash import attend_causally, choose_kernel
 from .exchanged import attend_exchanged
 from .fused_tiles import FusedKernel
 from .gathered import How, attend_gathered

@@ -11,8 +11,8 @@ from typing import Any
 
 import jax
 
+from ..attention.flash import attend_causally
 from ..config import ModelConfig
-from ..flash import attend_causally
 from .places import order_chunks, restore_order
 
 

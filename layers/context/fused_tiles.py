@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..flash import attend_fused, fused_grads, run_fused
+from ..attention.flash import attend_fused, fused_grads, run_fused
 from .tiles import Mask, Queries, Tile
 
 

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from ...meshes.device_axes import mark_varying, varying_axes
-from ..blockwise import FLASH_OUTPUTS, Limits
+from ..attention.blockwise import FLASH_OUTPUTS, Limits
 from ..options.by_layer import choose_window
 from .pairs import Pair, count_pairs, pair_of
 from .tiles import Kernel, Mask, Queries, Tile, merge

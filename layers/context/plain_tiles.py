@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from ..blockwise import (
+from ..attention.blockwise import (
     QueryTile,
     Saved,
     Scoring,

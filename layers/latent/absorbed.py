@@ -9,7 +9,7 @@ head's products are C + R and C features wide instead of H and U.
 import jax
 import jax.numpy as jnp
 
-from ..cache import CacheScoring, KVCache, NewTokens, attend
+from ..attention.cache import CacheScoring, KVCache, NewTokens, attend
 
 
 def attend_latents(

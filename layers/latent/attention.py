@@ -23,7 +23,7 @@ from flax import nnx
 
 from ...meshes import DEFAULT_RULES, ShardingRules
 from ...meshes.device_axes import manual_axes, mark_varying
-from ..cache import KVCache, NewTokens
+from ..attention.cache import KVCache, NewTokens
 from ..check_inputs import check_hidden
 from ..collectives import gather_tokens
 from ..config import ModelConfig

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ..blockwise import cap_scores
+from ..attention.blockwise import cap_scores
 from ..config import ModelConfig
 
 

@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 from ...layers import ModelConfig, Remat, activation_bytes
-from ...layers.attention_counts import attention_widths
+from ...layers.attention.counts import attention_widths
 from ...layers.own.check_config import has_own_classes
 from ...layers.own.trace import trace_products
 from .layout import Layout

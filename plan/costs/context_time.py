@@ -11,7 +11,7 @@ Read `layer_time.py` next, and `../../layers/context/choice.py` for the two ways
 from dataclasses import dataclass
 
 from ...layers import ModelConfig
-from ...layers.attention_counts import attention_widths
+from ...layers.attention.counts import attention_widths
 from ...layers.context.choice import choose_context_attention
 from ..machines.collective_time import collective_time_s, make_group
 from ..machines.topology import Topology

@@ -3,7 +3,7 @@
 from typing import Literal
 
 from ...layers import ModelConfig, param_counts
-from ...layers.attention_counts import attention_norms, attention_weights
+from ...layers.attention.counts import attention_norms, attention_weights
 from ...layers.own.check_config import has_own_classes
 from ...layers.own.counts import device_sizes
 from ...schedules import Placement

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ...layers import ModelConfig, param_counts
-from ...layers.attention_counts import attention_widths
+from ...layers.attention.counts import attention_widths
 from ...layers.experts.kinds import kinds_within, layer_kinds
 from ...meshes import PlanError
 from ...meshes.arguments import check_count, check_fields

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...layers import ModelConfig
-from ...layers.attention_counts import attention_widths
+from ...layers.attention.counts import attention_widths
 from ...meshes import PlanError
 from ...meshes.arguments import check_count
 from ..machines.collective_time import CollectiveKind, collective_time_s, make_group

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ...layers import ModelConfig, Remat, param_counts
-from ...layers.attention_counts import attention_widths
+from ...layers.attention.counts import attention_widths
 from ...layers.experts.kinds import layer_kinds, layers_by_kind
 from ...meshes import MeshSpec, PlanError
 from ...meshes.arguments import check_fields

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ...layers import ModelConfig
-from ...layers.attention_counts import attention_products, attention_widths
+from ...layers.attention.counts import attention_products, attention_widths
 from ...layers.own.counts import own_flops
 from ...layers.own.trace import trace_products
 from .device_params import block_matrices

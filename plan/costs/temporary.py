@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ...layers import ModelConfig
-from ...layers.attention_counts import attention_widths
-from ...layers.blockwise import row_blocks
+from ...layers.attention.blockwise import row_blocks
+from ...layers.attention.counts import attention_widths
 from ...layers.projected_loss import chunk_tokens
 from .activations import boundary_bytes, layer_activation_bytes
 from .device_params import End, block_params, expert_matrices, vocabulary_params

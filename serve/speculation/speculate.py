@@ -24,7 +24,7 @@ from ..experts import with_room
 from ..params import stage_shapes
 from ..requests import ServedSequence
 from ..results import Place, on_host
-from ..sampling import Choice
+from ..sampling.choose import Choice
 from ..slots import SlotInputs, input_shapes
 from ..stacks import LayerLoop
 from ..stage import Stage

@@ -22,8 +22,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from ...layers import NewTokens
 from ...meshes import ShardingRules
-from ..penalties import count_tokens, is_penalized
-from ..sampling import NOTHING, Choice, no_choice
+from ..sampling.choose import NOTHING, Choice, no_choice
+from ..sampling.penalties import count_tokens, is_penalized
 from ..slots import SlotInputs
 from ..stage import Stage, rows_of
 from ..state import ServeState, Sizes

@@ -7,7 +7,7 @@ import jax
 import pytest
 from flax import nnx
 from trellax.layers import ModelConfig, Transformer, bytes_per_device
-from trellax.layers.cache import cache_shapes
+from trellax.layers.attention.cache import cache_shapes
 from trellax.meshes import MeshSpec, build_mesh
 from trellax.plan.costs.device_params import block_params
 from trellax.plan.costs.inference_time import kv_bytes_per_token

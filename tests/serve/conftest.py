@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
-from trellax.layers import cache
+from trellax.layers.attention import cache
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -15,8 +15,8 @@ from trellax.layers import ModelConfig, Transformer
 from trellax.meshes import MeshAxes, MeshSpec, build_mesh
 from trellax.meshes.axes import DEFAULT_AXES
 from trellax.serve import Engine, Request, param_shapes
-from trellax.serve.sampling import choose
-from trellax.serve.sampling_settings import SamplingSettings
+from trellax.serve.sampling.choose import choose
+from trellax.serve.sampling.settings import SamplingSettings
 
 MAX_TOKENS = 24
 

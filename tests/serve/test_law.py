@@ -12,8 +12,8 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from trellax.layers import Head, ModelConfig, NewTokens
-from trellax.layers import cache as cache_module
-from trellax.layers.cache import CacheDtype, cache_shapes
+from trellax.layers.attention import cache as cache_module
+from trellax.layers.attention.cache import CacheDtype, cache_shapes
 from trellax.layers.quantized import Weights
 from trellax.serve.experts import MOST_TOKENS, with_room
 from trellax.serve.load import quantize_params

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 from trellax.layers import bytes_per_device
-from trellax.layers.cache import cache_shapes
+from trellax.layers.attention.cache import cache_shapes
 from trellax.serve.params import param_shapes, stage_params, stage_shapes
 from trellax.serve.stacks import layers_of_stages
 from trellax.serve.state import Sizes, empty_state, state_shapes

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from trellax.layers.blockwise import (
+from trellax.layers.attention.blockwise import (
     Limits,
     QueryTile,
     attend_blockwise,

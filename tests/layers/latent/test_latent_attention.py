@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 from trellax.layers import ModelConfig, NewTokens, model_rules
-from trellax.layers import cache as cache_module
-from trellax.layers.cache import KVCache
+from trellax.layers.attention import cache as cache_module
+from trellax.layers.attention.cache import KVCache
 from trellax.layers.latent.absorbed import attend_latents
 from trellax.layers.latent.attention import LatentAttention
 from trellax.meshes import ModelError

@@ -10,14 +10,14 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from trellax.meshes.device_axes import block_index
 from trellax.serve import Request
-from trellax.serve.logprobs import compute_logprobs
-from trellax.serve.penalties import PromptPart, change_logits, count_tokens, note_prompt
-from trellax.serve.sampling import _cut, _drop_unlikely, finish_reasons
-from trellax.serve.sampling import choose as choose_arrays
-from trellax.serve.sampling_settings import SamplingSettings
+from trellax.serve.sampling.choose import _cut, _drop_unlikely, finish_reasons
+from trellax.serve.sampling.choose import choose as choose_arrays
+from trellax.serve.sampling.logprobs import compute_logprobs
+from trellax.serve.sampling.penalties import PromptPart, change_logits, count_tokens, note_prompt
+from trellax.serve.sampling.settings import SamplingSettings
 
-from .models import changed_logits, mesh_of
-from .models import settings_of as settings_of_rows
+from ..models import changed_logits, mesh_of
+from ..models import settings_of as settings_of_rows
 
 V = 16
 LOGITS_BV = np.random.default_rng(0).standard_normal((6, V)).astype(np.float32) * 2

@@ -18,8 +18,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..meshes.device_axes import block_index
-from .sampling_settings import SamplingSettings
+from ...meshes.device_axes import block_index
+from .settings import SamplingSettings
 
 _IN_PROMPT, _IN_ANSWER = 1, 2
 

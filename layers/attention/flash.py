@@ -13,12 +13,12 @@ from typing import Any, Literal
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from ..meshes import ModelError
-from ..meshes.device_kind import device_kind as kind_of_devices
-from ..meshes.device_kind import is_nvidia
+from ...meshes import ModelError
+from ...meshes.device_kind import device_kind as kind_of_devices
+from ...meshes.device_kind import is_nvidia
+from ..config import ModelConfig
+from ..options.by_layer import choose_window
 from .blockwise import FLASH_OUTPUTS, attend_blockwise
-from .config import ModelConfig
-from .options.by_layer import choose_window
 
 Kernel = Literal["xla", "cudnn"]
 """The implementation of attention."""

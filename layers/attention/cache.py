@@ -20,11 +20,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from ..meshes import DEFAULT_RULES, ModelError, ShardingRules
-from ..meshes.arguments import check_choice, check_count
-from ..meshes.device_axes import mark_varying, varying_axes
+from ...meshes import DEFAULT_RULES, ModelError, ShardingRules
+from ...meshes.arguments import check_choice, check_count
+from ...meshes.device_axes import mark_varying, varying_axes
+from ..config import ModelConfig
 from .blockwise import cap_scores
-from .config import ModelConfig
 
 CacheDtype = Literal["float32", "bfloat16", "fp8"]
 """Dtype in which keys and values are stored; scores are summed in float32 either way. "fp8" is e4m3 with a scale for

@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ..layers.collectives import gather_blocks, max_blocks
-from ..meshes.device_axes import block_index, mark_varying, num_manual_blocks, varying_axes
+from ...layers.collectives import gather_blocks, max_blocks
+from ...meshes.device_axes import block_index, mark_varying, num_manual_blocks, varying_axes
 from .logprobs import Logprobs, compute_logprobs, num_top
 from .penalties import change_logits
-from .sampling_settings import SamplingSettings
+from .settings import SamplingSettings
 
 NOTHING = -1
 """A placeholder for the token of a slot that is not in use."""

@@ -5,7 +5,7 @@ Read `counts.py` next, which counts whole layers.
 
 from dataclasses import dataclass
 
-from .config import ModelConfig
+from ..config import ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)

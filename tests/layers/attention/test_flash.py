@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
-from trellax.layers import Block, ModelConfig, Remat, Transformer, activation_bytes, flash
+from trellax.layers import Block, ModelConfig, Remat, Transformer, activation_bytes
+from trellax.layers.attention import flash
 from trellax.layers.block import rematerialize
 from trellax.meshes import MeshSpec, ModelError
 
-from ..pipeline.plain_vjp import plan_plain
-from .sharded import differing, mesh_of, normal, place, small_config
+from ...pipeline.plain_vjp import plan_plain
+from ..sharded import differing, mesh_of, normal, place, small_config
 
 B, T, H = 4, 8, 16
 

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 from trellax.layers import Attention, ModelConfig, model_rules
 
-from .sharded import Probe, collectives, differing, mesh_of, normal, small_config
+from ..sharded import Probe, collectives, differing, mesh_of, normal, small_config
 
 B, T, D = 4, 16, 32
 X = normal(B, T, D)

@@ -9,19 +9,19 @@ from typing import Any
 import jax
 from flax import nnx
 
-from ..meshes import DEFAULT_RULES, ShardingRules
+from ...meshes import DEFAULT_RULES, ShardingRules
+from ..check_inputs import check_hidden
+from ..config import ModelConfig
+from ..context.attend import attend_in_context
+from ..context.places import Places, own_positions
+from ..joined_linear import JoinedLinear, join_split
+from ..linear import ColumnLinear, RowLinear
+from ..lora.check_config import lora_of
+from ..options.by_layer import SAME_AS_ALL, LayerAttention, attention_of_layer
+from ..options.qk_norm import make_qk_norm, normalize_heads
+from ..partitioning import INIT_STD
+from ..rope.rotary import rotate
 from .cache import CacheScoring, KVCache, NewTokens, attend
-from .check_inputs import check_hidden
-from .config import ModelConfig
-from .context.attend import attend_in_context
-from .context.places import Places, own_positions
-from .joined_linear import JoinedLinear, join_split
-from .linear import ColumnLinear, RowLinear
-from .lora.check_config import lora_of
-from .options.by_layer import SAME_AS_ALL, LayerAttention, attention_of_layer
-from .options.qk_norm import make_qk_norm, normalize_heads
-from .partitioning import INIT_STD
-from .rope.rotary import rotate
 
 
 class Attention(nnx.Module):

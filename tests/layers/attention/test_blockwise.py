@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from trellax.layers.blockwise import attend_blockwise
+from trellax.layers.attention.blockwise import attend_blockwise
 
-from .sharded import differing, normal
+from ..sharded import differing, normal
 
 B, N, H = 2, 4, 16
 

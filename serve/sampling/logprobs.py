@@ -9,9 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..layers.collectives import gather_blocks, max_blocks
-from ..meshes.device_axes import block_index, manual_axes
-from .requests import MOST_LOGPROBS
+from ...layers.collectives import gather_blocks, max_blocks
+from ...meshes.device_axes import block_index, manual_axes
+from ..requests import MOST_LOGPROBS
 
 
 @jax.tree_util.register_dataclass

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
-from .options.by_layer import choose_window
+from ..options.by_layer import choose_window
 
 FLASH_OUTPUTS = "flash_outputs"
 """Checkpoint name of attention's outputs: rematerialization keeps them, so the backward does not recompute them."""
