@@ -31,6 +31,7 @@ Batch = dict[str, jax.Array]
 With `data.packing` also `segments` and `positions` int32, as in `data/documents.py`."""
 
 _JOINED_UP_TO = "xla_gpu_all_gather_combine_threshold_bytes"
+_STARTED_EARLY = "xla_gpu_experimental_collective_start_as_early_as_possible"
 
 
 @jax.tree_util.register_dataclass
@@ -169,11 +170,15 @@ def step_options(setup: Setup) -> dict[str, Any]:
     """Return the compiler options that a training step has beside those of `xla.py`, on GPUs.
 
     They are those of `pipeline_grads` and, where each layer gathers its weights, the bytes up to which XLA joins
-    gathers.
+    gathers, and that a gather starts before the first product of the layer before. By itself XLA starts it before the
+    last one, which is too late between nodes.
     """
     options = compiler_options(setup.mesh, overlap=setup.config.pipeline.overlap)
-    is_gathered = setup.config.train.shard == "layer" and platform_of(setup.mesh) in GPUS
-    if is_gathered and _JOINED_UP_TO not in xla_flags():
+    if setup.config.train.shard != "layer" or platform_of(setup.mesh) not in GPUS:
+        return options
+    if _STARTED_EARLY not in xla_flags():
+        options |= {_STARTED_EARLY: True}
+    if _JOINED_UP_TO not in xla_flags():
         # No more than that: gathers of tokens over tensor, which are needed at other times, are not to be joined.
         model, sizes = setup.config.model, setup.sizes
         parts = {"tensor": sizes.tensor, "expert": sizes.expert}
