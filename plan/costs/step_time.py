@@ -3,6 +3,7 @@
 Read `memory_model.py` for the memory of a step, `../training_search.py` for how layouts are compared.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -85,6 +86,9 @@ def step_time(
     of_stages = [sum_times((times[kind], count) for kind, count in own) for own in kinds_of_stages(model, layers)]
     stages = stage_times(of_stages, ends=ends, runtime=runtime, placement=placement)
     pipeline_s, busy = _pipeline_s(model, stages, ends, **given)
+    # Hosts that launch kernels one by one do not keep the same pace, and every layer waits for the slowest.
+    slower = 1 + runtime.node_wait * math.log2(topology.num_nodes)
+    pipeline_s, busy = slower * pipeline_s, slower * busy
     own, held = held_layers(model, layers, stages=placement.stages_of(0)), ends_of(placement, 0)
     rank = sum_times((of_stages[stage], 1) for stage in placement.stages_of(0))
     data = update_time(model, layout=layout, runtime=runtime, topology=topology, layers=own.stored, ends=held)
