@@ -29,6 +29,7 @@ def find_preference_errors(config: RunConfig, mesh: MeshSpec) -> Iterator[Trella
         "data.shuffle": (config.data.shuffle, "sequences", "pairs are shuffled"),
         "data.weights": (config.data.weights, (), "there is no blend of pairs"),
         "data.validation": (config.data.validation, (), "the validation set is a part of the pairs"),
+        "train.z_loss": (config.train.z_loss, 0.0, "it is added to the loss of tokens"),
         "train.noise_scale": (config.train.noise_scale, "off", "a pair is no sequence"),
     }
     for key, (value, wanted, why) in off.items():

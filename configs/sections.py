@@ -127,6 +127,9 @@ class TrainSection(Section):
     ema: float = Field(
         0.0, ge=0, lt=1, description="decay a step of an average of the weights, kept beside them; 0 keeps none"
     )
+    z_loss: float = Field(
+        0.0, ge=0, description="c of c (log Z)^2, added to each token's loss to keep logits small, such as 1e-4"
+    )
     noise_scale: Literal["off", "on"] = Field(
         "off", description="log the gradient noise scale, in sequences; needs two data shards or more"
     )

@@ -54,13 +54,15 @@ def cross_entropy(
 class TokenLosses(NamedTuple):
     """The loss of every token [B, T], and the arrays that its gradient is computed from.
 
-    exp(logits - maximum) [B, T, V], its sum over words [B, T], the word ids [B, T, V].
+    exp(logits - maximum) [B, T, V], its sum over words [B, T], the word ids [B, T, V], and the logarithm of the sum of
+    exp(logits) [B, T], log Z.
     """
 
     loss: jax.Array
     exp: jax.Array
     sums: jax.Array
     word: jax.Array
+    log_z: jax.Array
 
 
 def token_losses(logits_BTV: jax.Array, targets_BT: jax.Array, axes: tuple[str, ...]) -> TokenLosses:
@@ -76,7 +78,8 @@ def token_losses(logits_BTV: jax.Array, targets_BT: jax.Array, axes: tuple[str, 
     word_BTV = jax.lax.broadcasted_iota(jnp.int32, logits_BTV.shape, 2) + first
     target_BT = jnp.where(word_BTV == targets_BT[..., None], shifted_BTV, 0.0).sum(-1)
     sums_BT, target_BT = sum_blocks((sums_BT, target_BT), axes)
-    return TokenLosses(jnp.log(sums_BT) - target_BT, exp_BTV, sums_BT, word_BTV)
+    log_BT = jnp.log(sums_BT)
+    return TokenLosses(log_BT - target_BT, exp_BTV, sums_BT, word_BTV, log_BT + top_BT)
 
 
 def weighted_sum(weights_BT: jax.Array, loss_BT: jax.Array) -> jax.Array:

@@ -16,6 +16,9 @@ turns its logits into gradients on the spot, in the forward.
 
 The backward only scales both gradients by the gradient that arrives, which is a number. They wait for it from the
 forward on: D numbers for every token and for every word.
+
+A z-loss c (log Z)^2 of every token, with Z = sum over words of exp(logit), keeps the logits small (Chowdhery et al.
+2022, "PaLM", section 5). Its gradient is 2 c log Z softmax, so the softmax above is taken 1 + 2 c log Z times.
 """
 
 import math
@@ -30,7 +33,7 @@ from ..meshes import DEFAULT_RULES, ShardingRules
 from ..meshes.device_axes import mark_varying, num_manual_blocks, sum_like, varying_axes
 from .check_inputs import check_features, check_targets
 from .collectives import gather_tokens, leave_split, max_blocks, run_in_blocks
-from .loss import reject_unknown_targets, token_losses, weighted_sum
+from .loss import TokenLosses, reject_unknown_targets, token_losses, weighted_sum
 from .options.logits import PLAIN_LOGITS, LogitShape
 
 CHUNK_TOKENS = 1024
@@ -67,19 +70,46 @@ def projected_cross_entropy(
             in their number of features.
         ShardingError: B does not split evenly over `data`, or V over its axes.
     """
+    return projected_losses(x_BTD, table_VD, targets_BT, weights_BT, rules=rules, shape=shape).loss
+
+
+class ProjectedLosses(NamedTuple):
+    """The loss that is trained on, [], and the part of it that the z-loss is, [] without gradient, None without one."""
+
+    loss: jax.Array
+    z_loss: jax.Array | None
+
+
+def projected_losses(
+    x_BTD: jax.Array,
+    table_VD: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    *,
+    z_loss: float = 0.0,
+    rules: ShardingRules = DEFAULT_RULES,
+    shape: LogitShape = PLAIN_LOGITS,
+) -> ProjectedLosses:
+    """Return `projected_cross_entropy` plus the sum over tokens of weight x `z_loss` x (log Z)^2.
+
+    Shapes, errors and cost are those of `projected_cross_entropy`.
+    """
     check_features(x_BTD, table_VD.shape[-1], layer="the head's table")
-    axes = _How(vocab=rules.axes("vocab"), tokens=rules.token_axes, shape=shape)
+    axes = _How(vocab=rules.axes("vocab"), tokens=rules.token_axes, shape=shape, z_loss=z_loss)
     check_targets(targets_BT, weights_BT, shape=(x_BTD.shape[0], x_BTD.shape[1] * num_manual_blocks(axes.tokens)))
     rules.check_in_context(("vocab", "embed"), shape=table_VD.shape, name="the head's table")
     rules.check_in_context(of_x := ("batch", "stream_tokens", "embed"), shape=x_BTD.shape, name="x")
 
-    def sum_losses(x_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array) -> jax.Array:
+    def sum_losses(x_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array) -> Any:
         targets_BT, weights_BT = reject_unknown_targets(targets_BT, weights_BT, table_VD.shape[0], axes.vocab)
-        return _project(x_BTD, table_VD, targets_BT, weights_BT, axes)
+        return tuple(_project(x_BTD, table_VD, targets_BT, weights_BT, axes))
 
     # In blocks, so that gradients are summed once: left to the compiler, the table's would be in every chunk.
     in_dims = (of_x, ("vocab", "embed"), ("batch", "tokens"), ("batch", "tokens"))
-    return run_in_blocks(sum_losses, rules=rules, in_dims=in_dims, out_dims=())(x_BTD, table_VD, targets_BT, weights_BT)
+    out_dims = ((), () if z_loss else None)
+    run = run_in_blocks(sum_losses, rules=rules, in_dims=in_dims, out_dims=out_dims)
+    loss, of_z = run(x_BTD, table_VD, targets_BT, weights_BT)
+    return ProjectedLosses(loss, jax.lax.stop_gradient(of_z))
 
 
 class TokenScores(NamedTuple):
@@ -103,7 +133,7 @@ def projected_scores(
     outside the vocabulary has no score.
     """
     check_features(x_BTD, table_VD.shape[-1], layer="the head's table")
-    axes = _How(vocab=rules.axes("vocab"), tokens=rules.token_axes, shape=shape)
+    axes = _How(vocab=rules.axes("vocab"), tokens=rules.token_axes, shape=shape, z_loss=0.0)
 
     def score(x_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
         whole_BTD, table_VD = gather_tokens(x_BTD, axes.tokens), table_VD.astype(x_BTD.dtype)
@@ -130,25 +160,25 @@ def projected_scores(
 
 
 class _How(NamedTuple):
-    """The mesh axes that split the vocabulary, those of them that split the tokens of x, and the function of logits."""
+    """The mesh axes that split the vocabulary, and those of them that split the tokens of x; what is made of logits."""
 
     vocab: tuple[str, ...]
     tokens: tuple[str, ...]
     shape: LogitShape
+    z_loss: float
 
 
 # The gradient is written by hand since autodiff would either keep all logits or compute them again.
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _project(
     x_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, axes: _How
-) -> jax.Array:
+) -> ProjectedLosses:
     return _sum_chunks(gather_tokens(x_BTD, axes.tokens), table_VD, targets_BT, weights_BT, how=axes)
 
 
 class _Grads(NamedTuple):
-    """The loss and its gradients: of x [B, T, D], of the table [V, D], of the weights [B, T]."""
+    """The gradients of the loss: of x [B, T, D], of the table [V, D], of the weights [B, T]."""
 
-    loss: Any
     x: Any
     table: Any
     weights: Any
@@ -156,17 +186,18 @@ class _Grads(NamedTuple):
 
 def _project_forward(
     x_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, axes: _How
-) -> tuple[jax.Array, Any]:
+) -> tuple[ProjectedLosses, Any]:
     whole_BTD = gather_tokens(x_BTD, axes.tokens)
-    grads = _differentiate_chunks(whole_BTD, table_VD, targets_BT, weights_BT, how=axes)
+    losses, grads = _differentiate_chunks(whole_BTD, table_VD, targets_BT, weights_BT, how=axes)
     # One sum after the loop, in the compute dtype, as every other gradient of an activation.
     over = tuple(axis for axis in axes.vocab if axis in axes.tokens or axis not in varying_axes(x_BTD))
     grads = grads._replace(x=leave_split(grads.x, over, tokens=axes.tokens))
-    return grads.loss, (grads, x_BTD, table_VD, targets_BT, weights_BT)
+    return losses, (grads, x_BTD, table_VD, targets_BT, weights_BT)
 
 
-def _project_backward(_: _How, saved: Any, grad: jax.Array) -> tuple[Any, ...]:
+def _project_backward(_: _How, saved: Any, given: ProjectedLosses) -> tuple[Any, ...]:
     grads, x_BTD, table_VD, targets_BT, weights_BT = saved
+    grad = given.loss
     return (
         _return_to(x_BTD, grads.x * grad.astype(x_BTD.dtype)),
         _return_to(table_VD, grads.table * grad),
@@ -180,51 +211,74 @@ _project.defvjp(_project_forward, _project_backward)
 
 def _sum_chunks(
     x_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, *, how: _How
-) -> jax.Array:
-    """Compute the loss chunk by chunk: x[B, T, D], table[V@axes, D] -> []."""
+) -> ProjectedLosses:
+    """Compute the losses chunk by chunk: x[B, T, D], table[V@axes, D] -> []."""
     table_VD = table_VD.astype(x_BTD.dtype)
 
-    def chunk(loss: jax.Array, part: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+    def chunk(sums: ProjectedLosses, part: tuple[jax.Array, ...]) -> tuple[ProjectedLosses, None]:
         x_BtD, targets_Bt, weights_Bt = part
         losses = token_losses(_logits(x_BtD, table_VD, how.shape), targets_Bt, how.vocab)
-        return loss + weighted_sum(weights_Bt, losses.loss), None
+        return _add(sums, _losses_of(losses, how), weights_Bt), None
 
-    start = mark_varying(jnp.zeros((), jnp.float32), varying_axes(x_BTD, targets_BT, weights_BT, without=how.vocab))
+    start = _zero_sums(x_BTD, targets_BT, weights_BT, how=how)
     return _scan(chunk, start, _cut_tokens(x_BTD, targets_BT, weights_BT))[0]
 
 
 def _differentiate_chunks(
     x_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, *, how: _How
-) -> _Grads:
-    """Compute the loss chunk by chunk, and its gradients: the table's in float32, that of x not summed over `axes`."""
+) -> tuple[ProjectedLosses, _Grads]:
+    """Compute the losses chunk by chunk, and gradients: the table's in float32, that of x not summed over `axes`."""
     cast_VD = table_VD.astype(x_BTD.dtype)
 
-    def chunk(sums: tuple[jax.Array, jax.Array], part: tuple[jax.Array, ...]) -> tuple[Any, Any]:
+    def chunk(sums: tuple[ProjectedLosses, jax.Array], part: tuple[jax.Array, ...]) -> tuple[Any, Any]:
         x_BtD, targets_Bt, weights_Bt = part
         logits_BtV = _logits(x_BtD, cast_VD, how.shape)
         losses = token_losses(logits_BtV, targets_Bt, how.vocab)
-        # d loss / d logits = softmax - one-hot of the target, see loss.py.
-        softmax_BtV = losses.exp / losses.sums[..., None]
-        error_BtV = softmax_BtV - (losses.word == targets_Bt[..., None]).astype(jnp.float32)
-        error_BtV = how.shape.return_grad(error_BtV, logits_BtV)
+        error_BtV = how.shape.return_grad(_grad_of_logits(losses, targets_Bt, how), logits_BtV)
         # In the compute dtype, as every other gradient of an activation: matmuls 2 and 3 run at its speed.
         error_BtV = (weights_Bt[..., None] * error_BtV).astype(x_BtD.dtype)
         # Tokens merged into one dim, as in product.py: XLA's CPU backend would transpose the activation first.
         error_nV, x_nD = (leaf.reshape(-1, leaf.shape[-1]) for leaf in (error_BtV, x_BtD))
         grad_VD = jnp.einsum("nv,nd->vd", error_nV, x_nD, preferred_element_type=jnp.float32)
         grad_BtD = jnp.einsum("btv,vd->btd", error_BtV, cast_VD, preferred_element_type=jnp.float32)
-        loss = weighted_sum(weights_Bt, losses.loss)
-        return (sums[0] + loss, sums[1] + grad_VD), (grad_BtD, losses.loss)
+        own = _losses_of(losses, how)
+        return (_add(sums[0], own, weights_Bt), sums[1] + grad_VD), (grad_BtD, own.loss)
 
     # The carry of a scan keeps its type, so sums start with the marks that they end with.
     shared = varying_axes(x_BTD, targets_BT, weights_BT)
     start = (
-        mark_varying(jnp.zeros((), jnp.float32), varying_axes(x_BTD, targets_BT, weights_BT, without=how.vocab)),
+        _zero_sums(x_BTD, targets_BT, weights_BT, how=how),
         mark_varying(jnp.zeros(table_VD.shape, jnp.float32), (*shared, *varying_axes(table_VD))),
     )
-    (loss, grad_VD), parts = _scan(chunk, start, _cut_tokens(x_BTD, targets_BT, weights_BT))
+    (sums, grad_VD), parts = _scan(chunk, start, _cut_tokens(x_BTD, targets_BT, weights_BT))
     grad_BTD, loss_BT = (_merge_tokens(part, x_BTD.shape[1]) for part in parts)
-    return _Grads(loss, grad_BTD.astype(x_BTD.dtype), grad_VD, loss_BT)
+    return sums, _Grads(grad_BTD.astype(x_BTD.dtype), grad_VD, loss_BT)
+
+
+def _losses_of(losses: TokenLosses, how: _How) -> ProjectedLosses:
+    """Return the loss of every token [B, T], and the part of it that the z-loss is."""
+    if not how.z_loss:
+        return ProjectedLosses(losses.loss, None)
+    z_BT = how.z_loss * jnp.square(losses.log_z)
+    return ProjectedLosses(losses.loss + z_BT, z_BT)
+
+
+def _grad_of_logits(losses: TokenLosses, targets_BT: jax.Array, how: _How) -> jax.Array:
+    """Return the gradients of tokens' losses by their logits: softmax - one-hot of the target, see `loss.py`."""
+    softmax_BTV = losses.exp / losses.sums[..., None]
+    if how.z_loss:
+        softmax_BTV = softmax_BTV * (1 + 2 * how.z_loss * losses.log_z)[..., None]
+    return softmax_BTV - (losses.word == targets_BT[..., None]).astype(jnp.float32)
+
+
+def _zero_sums(*arrays: jax.Array, how: _How) -> ProjectedLosses:
+    """Return sums of 0, which vary over the axes over which the arrays do, but for those of the vocabulary."""
+    zero = mark_varying(jnp.zeros((), jnp.float32), varying_axes(*arrays, without=how.vocab))
+    return ProjectedLosses(zero, zero if how.z_loss else None)
+
+
+def _add(sums: ProjectedLosses, parts: ProjectedLosses, weights_BT: jax.Array) -> ProjectedLosses:
+    return jax.tree.map(lambda own, part: own + weighted_sum(weights_BT, part), sums, parts)
 
 
 def _logits(x_BTD: jax.Array, table_VD: jax.Array, shape: LogitShape) -> jax.Array:

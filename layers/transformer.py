@@ -25,7 +25,7 @@ from .options.logits import LogitShape
 from .own.make import add_dims
 from .partitioning import INIT_STD, make_param
 from .preference.dpo import PreferenceLoss, preference_loss
-from .projected_loss import TokenScores, projected_cross_entropy, projected_scores
+from .projected_loss import ProjectedLosses, TokenScores, projected_losses, projected_scores
 
 
 class Head(nnx.Module):
@@ -61,10 +61,21 @@ class Head(nnx.Module):
 
         x[B@data, T, D], targets and weights [B@data, T], embedding[V@tensor, D] (used when tied) -> []
         """
-        table_VD = self._table(embedding_VD)
-        x_BTD = apply_norm(self.norm, x_BTD)
-        shape = LogitShape.of(self.config)
-        return projected_cross_entropy(x_BTD, table_VD, targets_BT, weights_BT, rules=self.rules, shape=shape)
+        return self.losses(x_BTD, targets_BT, weights_BT, embedding_VD=embedding_VD).loss
+
+    def losses(
+        self,
+        x_BTD: jax.Array,
+        targets_BT: jax.Array,
+        weights_BT: jax.Array,
+        *,
+        embedding_VD: jax.Array,
+        z_loss: float = 0.0,
+    ) -> ProjectedLosses:
+        """Return `loss` with a z-loss added, and that alone (see `projected_loss.py`)."""
+        table_VD, x_BTD = self._table(embedding_VD), apply_norm(self.norm, x_BTD)
+        how: dict[str, Any] = {"z_loss": z_loss, "rules": self.rules, "shape": LogitShape.of(self.config)}
+        return projected_losses(x_BTD, table_VD, targets_BT, weights_BT, **how)
 
     def preference_loss(
         self, x_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, *, embedding_VD: jax.Array, **pairs: Any

@@ -16,7 +16,7 @@ from ..meshes import MeshSpec, ScheduleError, ShardingRules, mesh_sizes
 from ..meshes.host_memory import check_host_memory, in_host_memory
 from ..pipeline import PipelinedModel, PipelineParams, resolve_layers, split_transformer, stage_costs
 from ..pipeline.model.frozen import keep_trained, trained_mask
-from ..pipeline.model.losses import LossFn, make_preference_loss, next_token_loss
+from ..pipeline.model.losses import LossFn, make_next_token_loss, make_preference_loss
 from ..pipeline.model.own_block import without_layer_losses
 from ..pipeline.model.param_specs import gathered, split_over_batch
 from ..schedules import Placement, Schedule, StageCost, build_schedule, load_schedule
@@ -82,17 +82,19 @@ class Setup:
     @cached_property
     def model(self) -> PipelinedModel:
         """The transformer cut into stages."""
-        return self._cut(self.config.model)
+        return self._cut(self.config.model, z_loss=self.config.train.z_loss)
 
     @cached_property
-    def model_without_router_losses(self) -> PipelinedModel:
+    def model_without_added_losses(self) -> PipelinedModel:
         """The same for validation, whose loss is that of the text alone."""
         config = self.config.model
-        if config.block:
-            return replace(self.model, fns=without_layer_losses(self.model.fns))
-        return self._cut(replace(config, balance_loss=0.0, router_z_loss=0.0)) if config.num_experts else self.model
+        if config.num_experts:
+            config = replace(config, balance_loss=0.0, router_z_loss=0.0)
+        is_same = config is self.config.model and not self.config.train.z_loss
+        model = self.model if is_same else self._cut(config, z_loss=0.0)
+        return replace(model, fns=without_layer_losses(model.fns)) if config.block else model
 
-    def _cut(self, config: ModelConfig) -> PipelinedModel:
+    def _cut(self, config: ModelConfig, *, z_loss: float) -> PipelinedModel:
         rules = model_rules(config, self.mesh.shape, rules=self.rules)
         rules = rules.split_stream() if self.sizes.splits_tokens(self.config.data.seq_len) else rules
         rules = rules.exchange_heads() if self.context_attention == "ulysses" else rules
@@ -107,12 +109,11 @@ class Setup:
             placement=self.placement,
             vocab=self.config.pipeline.vocab,
             shard="none" if self.config.train.shard == "optimizer" else self.config.train.shard,
-            loss=self._loss,
+            loss=self._loss(z_loss),
         )
 
-    @property
-    def _loss(self) -> LossFn:
-        return make_preference_loss(self.config.train.dpo_beta) if self._is_of_pairs else next_token_loss
+    def _loss(self, z_loss: float) -> LossFn:
+        return make_preference_loss(self.config.train.dpo_beta) if self._is_of_pairs else make_next_token_loss(z_loss)
 
     @property
     def _is_of_pairs(self) -> bool:

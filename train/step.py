@@ -16,7 +16,7 @@ from ..layers.experts.kinds import layer_kinds
 from ..meshes.device_kind import GPUS, platform_of
 from ..meshes.switches import xla_flags
 from ..pipeline import LossAndGrads, PipelineParams, compiler_options, pipeline_grads, pipeline_loss
-from ..pipeline.model.losses import REWARDS
+from ..pipeline.model.losses import REWARDS, Z_LOSS
 from ..pipeline.model.own_block import LAYER_LOSS
 from ..plan.costs.device_params import block_matrices
 from .metrics.noise_scale import measure_noise
@@ -39,14 +39,14 @@ _STARTED_EARLY = "xla_gpu_experimental_collective_start_as_early_as_possible"
 class StepMetrics:
     """Replicated scalars of one step; float32[] but for `taken`, bool[].
 
-    `loss` is that of the model without those of routers. `grad_norm` is the global norm before clipping. `taken` is
-    false where the loss or the gradient was bad and the update was left out. `mean_loss` is the running mean of the
-    good losses before this step, with which its loss was compared to find a spike; infinite before the first. `router`
-    has, of a mixture of experts, `router_loss`, `expert_peak`, the most loaded expert of any layer over the mean, and
-    `dropped`, the share of pairs of tokens and experts that were left out. `block` has the metrics of a block of the
-    user's, with what it adds to the loss as `layer_loss`. `preferences` has, of pairs of answers, the means of
-    `reward_margin` and `reward_accuracy` (`layers/preference/dpo.py`). `noise` has, with `train.noise_scale`, `signal`
-    and `spread` (`metrics/noise_scale.py`).
+    `loss` is that of the text, without what routers, blocks and the z-loss add. `grad_norm` is the global norm before
+    clipping. `taken` is false where the loss or the gradient was bad and the update was left out. `mean_loss` is the
+    running mean of the good losses before this step, with which its loss was compared to find a spike; infinite before
+    the first. `router` has, of a mixture of experts, `router_loss`, `expert_peak`, the most loaded expert of any layer
+    over the mean, and `dropped`, the share of pairs of tokens and experts that were left out. `block` has the metrics
+    of a block of the user's, with what it adds to the loss as `layer_loss`. `preferences` has, of pairs of answers, the
+    means of `reward_margin` and `reward_accuracy` (`layers/preference/dpo.py`). `noise` has, with `train.noise_scale`,
+    `signal` and `spread` (`metrics/noise_scale.py`). `z_loss` is what `train.z_loss` adds to the loss, None without it.
     """
 
     loss: jax.Array
@@ -58,6 +58,7 @@ class StepMetrics:
     noise: dict[str, jax.Array] = field(default_factory=dict)
     preferences: dict[str, jax.Array] = field(default_factory=dict)
     block: dict[str, jax.Array] = field(default_factory=dict)
+    z_loss: jax.Array | None = None
 
 
 def make_train_step(setup: Setup) -> Callable[..., tuple[TrainState, StepMetrics]]:
@@ -139,11 +140,13 @@ def _move_biases(setup: Setup, params: PipelineParams, stats: Any, *, good: jax.
 def _layer_metrics(setup: Setup, out: LossAndGrads) -> dict[str, Any]:
     """Return the loss of the model without those of its layers, and what layers of experts or of the user report."""
     router = _router_metrics(out.metrics)
-    block = dict(out.metrics) if setup.config.model.block else {}
-    own = router.get("router_loss", block.get(LAYER_LOSS))
-    rewards = {name: out.metrics[name] for name in REWARDS if name in out.metrics}
-    loss = out.loss if own is None else out.loss - own
-    return {"loss": loss, "router": router, "block": block, "preferences": rewards}
+    of_head = {name: out.metrics[name] for name in (*REWARDS, Z_LOSS) if name in out.metrics}
+    block = {name: value for name, value in out.metrics.items() if name not in of_head}
+    block = block if setup.config.model.block else {}
+    z_loss, loss = of_head.pop(Z_LOSS, None), out.loss
+    for added in (router.get("router_loss"), block.get(LAYER_LOSS), z_loss):
+        loss = loss if added is None else loss - added
+    return {"loss": loss, "router": router, "block": block, "preferences": of_head, "z_loss": z_loss}
 
 
 def _router_metrics(sums: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
@@ -188,11 +191,11 @@ def step_options(setup: Setup) -> dict[str, Any]:
 
 
 def make_eval_step(setup: Setup) -> Callable[[TrainState, Batch], jax.Array]:
-    """Return a jitted validation: (state, batch) -> loss float32[] without those of routers, forwards only."""
+    """Return a jitted validation: (state, batch) -> loss float32[] of the text alone, forwards only."""
 
     def loss(state: TrainState, batch: Batch) -> jax.Array:
         return pipeline_loss(
-            setup.model_without_router_losses.fns,
+            setup.model_without_added_losses.fns,
             params=state.params,
             batch=batch,
             mesh=setup.mesh,

@@ -43,19 +43,23 @@ def render_answers(template: ChatTemplate, messages: Any) -> RenderedChat:
         DamagedChatError: these messages cannot be trained on.
         DataError: nor can any others: the template does not say what the assistant wrote.
     """
-    chat = _check_messages(messages)
+    chat = check_messages(messages)
     try:
         rendered = template.render_marked(chat) if template.marks_answers else _compare_prefixes(template, chat)
     except ServeError as error:
         raise DamagedChatError(error.problem, fix=error.fix) from None
-    if not _is_unicode(rendered.text):
-        raise DamagedChatError("it has half of a surrogate pair.", fix="write its letters in UTF-8.")
+    check_unicode(rendered.text)
     if not rendered.spans:
         raise DamagedChatError("the chat template marks nothing that the assistant wrote.", fix="leave the chat out.")
     return rendered
 
 
-def _check_messages(messages: Any) -> list[dict[str, Any]]:
+def check_messages(messages: Any) -> list[dict[str, Any]]:
+    """Return the messages of a conversation whose roles are in order, without the nulls of a table.
+
+    Raises:
+        DamagedChatError: they are no such messages, or none is the assistant's.
+    """
     if not isinstance(messages, list) or not messages:
         raise DamagedChatError(f"{shown(messages, limit=40)} is no list of messages.", fix=_FIX)
     before, chat = None, []
@@ -81,12 +85,16 @@ def _check_messages(messages: Any) -> list[dict[str, Any]]:
     return chat
 
 
-def _is_unicode(text: str) -> bool:
+def check_unicode(text: str) -> None:
+    """Raise unless a text can be written in UTF-8.
+
+    Raises:
+        DamagedChatError: it has half of a surrogate pair.
+    """
     try:
         text.encode()
     except UnicodeEncodeError:
-        return False
-    return True
+        raise DamagedChatError("it has half of a surrogate pair.", fix="write its letters in UTF-8.") from None
 
 
 _FIX = 'write [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}].'

@@ -3,12 +3,16 @@
 Fused with the projection it is the same to 2e-5, the tolerance of `sharded.py` and for its reason, chunk by chunk.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from trellax.layers import cross_entropy, projected_cross_entropy
+from trellax.layers.options.logits import LogitShape
+from trellax.layers.projected_loss import projected_losses
 from trellax.programs.hlo import HloModule, leaves
 from trellax.programs.matmul import matrix_flops
 
@@ -96,6 +100,35 @@ def test_projected_loss_and_its_gradients_match_all_logits_at_once(mesh: str) ->
         x, table = place(X, ("batch", None, None), mesh=devices), place(TABLE, ("vocab", None), mesh=devices)
         actual = jax.jit(jax.value_and_grad(project, argnums=(0, 1, 2)))(x, table, weights)
         alone = jax.jit(project)(x, table, weights)
+    assert differing(jax.device_get(actual), jax.device_get(expected)) == {}
+    assert differing(jax.device_get(alone), jax.device_get(expected[0])) == {}
+
+
+@pytest.mark.parametrize(
+    ("chunks", "mesh"),
+    [(12, "data=2,tensor=4"), pytest.param(32, "tensor=1", marks=pytest.mark.slow)],
+    indirect=["chunks"],
+)
+@pytest.mark.usefixtures("chunks")
+def test_z_loss_and_its_gradients_match_all_logits_at_once(mesh: str) -> None:
+    devices, weights, shape = mesh_of(mesh), jnp.asarray(MASKED), LogitShape(scale=0.5, cap=4.0)
+
+    def plainly(x: jax.Array, table: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits = shape.apply(jnp.einsum("btd,vd->btv", x, table))
+        z_loss = (weights * 0.1 * jax.nn.logsumexp(logits, axis=-1) ** 2).sum()
+        return reference(logits, jnp.asarray(TARGETS), weights) + z_loss, z_loss
+
+    def fused(x: jax.Array, table: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+        out = projected_losses(x, table, jnp.asarray(TARGETS), weights, z_loss=0.1, shape=shape)
+        assert out.z_loss is not None
+        return out.loss, out.z_loss
+
+    wanted: dict[str, Any] = {"argnums": (0, 1, 2), "has_aux": True}
+    expected = jax.value_and_grad(plainly, **wanted)(jnp.asarray(X), jnp.asarray(TABLE), weights)
+    with jax.set_mesh(devices):
+        x, table = place(X, ("batch", None, None), mesh=devices), place(TABLE, ("vocab", None), mesh=devices)
+        actual = jax.jit(jax.value_and_grad(fused, **wanted))(x, table, weights)
+        alone = jax.jit(fused)(x, table, weights)
     assert differing(jax.device_get(actual), jax.device_get(expected)) == {}
     assert differing(jax.device_get(alone), jax.device_get(expected[0])) == {}
 

@@ -147,7 +147,9 @@ class Answer:
 
 
 @cache
-def one_device(config: ModelConfig, num_sequences: int) -> Answer:
+def one_device(
+    config: ModelConfig, num_sequences: int, *, loss_of_logits: Callable[..., jax.Array] = cross_entropy
+) -> Answer:
     """Compute the reference by `jax.grad` on the whole batch: no mesh, no microbatches, no fused loss."""
     graph = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))[0]
 
@@ -155,7 +157,7 @@ def one_device(config: ModelConfig, num_sequences: int) -> Answer:
         model: Transformer = nnx.merge(graph, params)
         x, of_routers = model.hidden(batch["tokens"], batch["weights"])
         logits = model.head(x, embedding_VD=model.embed.table[...])
-        return cross_entropy(logits, batch["targets"], batch["weights"]) + of_routers
+        return loss_of_logits(logits, batch["targets"], batch["weights"]) + of_routers
 
     @jax.jit
     def step(params: dict[str, Any], batch: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, Any], jax.Array]:

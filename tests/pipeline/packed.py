@@ -1,6 +1,7 @@
 """Sequences of several documents, and the reference: every document by itself, on one device, with no masks."""
 
 from collections import defaultdict
+from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
@@ -39,7 +40,9 @@ def packed_batch(num_sequences: int) -> dict[str, np.ndarray]:
 
 
 @cache
-def documents_one_by_one(config: ModelConfig, num_sequences: int) -> Answer:
+def documents_one_by_one(
+    config: ModelConfig, num_sequences: int, *, loss_of_logits: Callable[..., jax.Array] = cross_entropy
+) -> Answer:
     """Return loss and gradients of the documents of `packed_batch`, each a sequence of its own."""
     graph = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))[0]
     batch = packed_batch(num_sequences)
@@ -59,7 +62,7 @@ def documents_one_by_one(config: ModelConfig, num_sequences: int) -> Answer:
         def loss_of(params: dict[str, Any]) -> jax.Array:
             model: Transformer = nnx.merge(graph, params)
             losses = (
-                cross_entropy(
+                loss_of_logits(
                     model(jnp.asarray(own["tokens"])), jnp.asarray(own["targets"]), jnp.asarray(own["weights"])
                 )
                 for own in documents

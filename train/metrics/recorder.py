@@ -99,6 +99,7 @@ class StepRecorder:
                 step,
                 {
                     "loss": loss,
+                    "z_loss": None if metrics.z_loss is None else float(metrics.z_loss),
                     "grad_norm": float(metrics.grad_norm),
                     "lr": float(metrics.lr),
                     "tokens_per_s": tokens_per_s,

@@ -154,7 +154,7 @@ def _make_config(
 
 
 def _compile_loss(setup: Setup) -> Callable[..., jax.Array]:
-    model = setup.model_without_router_losses
+    model = setup.model_without_added_losses
 
     def loss(params: PipelineParams, batch: Any) -> jax.Array:
         return pipeline_loss(model.fns, params=params, batch=batch, mesh=setup.mesh, schedule=setup.schedule)

@@ -10,6 +10,7 @@ import pytest
 from trellax.configs import RunConfig, config_from_dict
 from trellax.configs.check import check_run
 from trellax.hub.config import read_hub_model
+from trellax.hub.tokenizer import load_tokenizer
 from trellax.meshes import DataError, MeshSpec, TrellaxError
 from trellax.train import evaluate, train
 from trellax.train.data.preferences.pair_batches import PairBatches, PairValidation
@@ -18,6 +19,7 @@ from trellax.train.metrics import read_metrics
 from trellax.train.preferences.reference import reference_losses
 
 from ...commands.test_hf_commands import here
+from ...hub.chat.chats import CHATML, chat, write_tokenizer
 from ..checkpoints.test_initial_weights import setup_of
 
 __all__ = ["here"]
@@ -48,6 +50,10 @@ def run_of(*, mesh: str = "data=2", name: str = "run", **sections: dict[str, Any
     return config_from_dict(values)
 
 
+def table_of(records: list[dict[str, Any]]) -> Any:
+    return pytest.importorskip("pyarrow").Table.from_pylist(records)
+
+
 def pairs_of(config: RunConfig) -> LoadedPairs:
     return load_pairs(config.data)
 
@@ -62,6 +68,45 @@ def test_rows_count_the_tokens_of_the_answer_alone(here: Path) -> None:
     assert tokens.tolist() == [16, 11, 16, 29, 17, 0, 0, 0]
     assert targets.tolist() == [11, 16, 29, 17, end, 0, 0, 0]
     assert counts.tolist() == [0, 0, 0, 1, 1, 0, 0, 0]
+
+
+CHATS: dict[str, dict[str, Any]] = {
+    "prompt": {"prompt": chat("2 + 2?"), "chosen": chat("", "4")[1:], "rejected": chat("", "5")[1:]},
+    "text": {"prompt": "2 + 2?", "chosen": chat("", "4")[1:], "rejected": chat("", "5")[1:]},
+    "whole": {"chosen": chat("2 + 2?", "4"), "rejected": chat("2 + 2?", "5")},
+    "both": {"prompt": chat("2 + 2?"), "chosen": chat("2 + 2?", "4"), "rejected": chat("2 + 2?", "5")},
+    "text and whole": {"prompt": "2 + 2?", "chosen": chat("2 + 2?", "4"), "rejected": chat("2 + 2?", "5")},
+}
+
+
+def chat_pairs(file: str, **data: Any) -> LoadedPairs:
+    values: dict[str, Any] = {"source": "pairs", "paths": [file], "tokenizer": "chats", "seq_len": 64, **data}
+    return pairs_of(run_of(data=values))
+
+
+@pytest.mark.parametrize("form", CHATS)
+@pytest.mark.parametrize("kind", ["lines", "parquet"])
+def test_messages_are_read_in_every_form(form: str, kind: str, here: Path) -> None:
+    write_tokenizer(Path("chats"), template=CHATML)
+    if kind == "lines":
+        Path("chats.jsonl").write_text(json.dumps(CHATS[form]) + "\n" + json.dumps(CHATS["prompt"]))
+    else:
+        pytest.importorskip("pyarrow.parquet").write_table(table_of([CHATS[form]] * 2), "chats.parquet")
+    loaded = chat_pairs("chats.jsonl" if kind == "lines" else "chats.parquet")
+    tokenizer = load_tokenizer("chats").tokenizer
+    rows = [loaded.pairs.row(row, seq_len=64) for row in range(4)]
+    texts = [tokenizer.decode(targets[counts > 0].tolist(), skip_special_tokens=False) for _, targets, counts in rows]
+    assert texts == ["4<|im_end|>\n", "5<|im_end|>\n"] * 2
+    assert all((rows[0][part] == rows[2][part]).all() for part in range(3))
+
+
+def test_messages_without_a_template_are_refused(here: Path) -> None:
+    write_tokenizer(Path("chats"), template=None)
+    Path("chats.jsonl").write_text(json.dumps(CHATS["whole"]))
+    with pytest.raises(DataError, match="chats has no chat template"):
+        chat_pairs("chats.jsonl")
+    with pytest.raises(DataError, match=r"data\.tokenizer='bytes' has none"):
+        chat_pairs("chats.jsonl", tokenizer="bytes")
 
 
 def test_batches_hold_each_pair_once_an_epoch_side_by_side(here: Path) -> None:
@@ -108,6 +153,7 @@ def test_reference_is_the_loss_of_the_first_weights_on_any_mesh(here: Path) -> N
         ({"train": {"init_from": ""}}, "train.init_from is empty"),
         ({"train": {"batch_size": 4}}, "is 1 rows for each microbatch and data shard, of 2 x 2"),
         ({"data": {"packing": "on"}}, "data.packing=on with data.source='pairs'"),
+        ({"train": {"z_loss": 1e-4}}, "train.z_loss=0.0001 with data.source='pairs'"),
         ({"data": {"paths": []}}, "data.paths is empty"),
     ],
 )
@@ -122,6 +168,13 @@ def test_keys_that_do_not_fit_are_refused(here: Path, sections: dict[str, Any], 
         ('{"prompt": "A", "chosen": "B", "rejcted": "C"}', "no field 'rejected'"),
         ('{"prompt": "A", "chosen": "", "rejected": "C"}', "an answer is empty"),
         ('{"prompt": "A", "chosen": ["B"], "rejected": "C"}', "chosen: no text"),
+        ('{"chosen": "B", "rejected": "C"}', "no prompt, which answers that are text need"),
+        ('{"chosen": [], "rejected": ["C"]}', "an answer is empty"),
+        ('{"prompt": 3, "chosen": ["B"], "rejected": ["C"]}', "prompt: no text and no list of messages"),
+        ('{"prompt": "A", "chosen": ["B"], "rejected": ["C"]}', "chosen or rejected is not the assistant's"),
+        ('{"chosen": ["A", "B"], "rejected": ["D", "C"]}', "differ in more than their last message"),
+        ('{"prompt": ["D"], "chosen": ["A", "B"], "rejected": ["A", "C"]}', "are not those of prompt"),
+        ('{"prompt": "D", "chosen": ["A", "B"], "rejected": ["A", "C"]}', "prompt is none of the messages"),
         ('{"prompt": "A", "chosen": "B", "rejected": "C"}', "1 are left, and two are needed"),
     ],
 )

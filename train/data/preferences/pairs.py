@@ -1,36 +1,33 @@
-"""Read records of prompt, chosen and rejected, as the pairs of rows that a model is trained on.
-
-    {"prompt": "2 + 2 = ", "chosen": "4", "rejected": "5"}
+"""Tokenize records of prompt, chosen and rejected, as the pairs of rows that a model is trained on.
 
     row 2i    prompt chosen     the tokens of the answer count, those of the prompt do not
     row 2i+1  prompt rejected
 
-Read `pair_batches.py` next.
+Read `pair_records.py` for the records, `pair_batches.py` next.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from ....configs.corpus_paths import find_files
 from ....configs.run_config import DataSection
-from ....hub.tokenizer import load_tokenizer
+from ....hub.chat.answers import DamagedChatError
+from ....hub.chat.preferences import encode_answers
+from ....hub.chat.template import ChatTemplate
+from ....hub.tokenizer import ModelTokenizer, load_tokenizer
 from ....meshes import DataError
+from ..chats import read_template
 from ..records.damage import Damage
-from ..records.json_lines import read_json_lines
-from ..records.records import record_kind
-from ..records.tables import read_rows
+from .pair_records import ChatPair, TextPair, read_pairs
 
-FIELDS = ("prompt", "chosen", "rejected")
-"""Fields of a record, all of them text."""
-
-Encode = Callable[[str, str], tuple[list[int], list[int]]]
-"""Function from a prompt and an answer to the ids of both."""
+Row = tuple[list[int], list[int]]
+"""The ids of a prompt, and of an answer to it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,10 +77,8 @@ def load_pairs(data: DataSection) -> LoadedPairs:
     Raises:
         DataError: a file is missing or has no such records, or fewer than two pairs are left.
     """
-    files, damage, rows, num_long = find_files(data.paths), Damage(), [], 0
-    encode = _make_encode(data)
-    for texts in (texts for file in files for texts in _read_file(file, damage)):
-        both = [encode(texts[0], answer) for answer in texts[1:]]
+    files, damage, rows, num_long = find_files(data.paths), Damage(), list[Row](), 0
+    for both in _read_rows(files, data, damage):
         if max(len(prompt) + len(answer) for prompt, answer in both) > data.seq_len + 1:
             num_long += 1
         else:
@@ -99,7 +94,23 @@ def load_pairs(data: DataSection) -> LoadedPairs:
     return _join(rows, data, note=f"{num_long:,} longer than data.seq_len left out" if num_long else str(damage))
 
 
-def _join(rows: Sequence[tuple[list[int], list[int]]], data: DataSection, *, note: str) -> LoadedPairs:
+def _read_rows(files: Sequence[Path], data: DataSection, damage: Damage) -> Iterator[list[Row]]:
+    """Yield the rows of every pair, chosen before rejected; damaged ones are counted."""
+    encoder = _Encoder(data)
+    for place, pair in (found for file in files for found in read_pairs(file, damage)):
+        try:
+            both = encoder.encode(pair)
+        except DamagedChatError as error:
+            damage.add(place, error.problem)
+            continue
+        if not all(answer for _, answer in both):
+            damage.add(place, "an answer is empty")
+            continue
+        damage.num_records += 1
+        yield both
+
+
+def _join(rows: Sequence[Row], data: DataSection, *, note: str) -> LoadedPairs:
     tokens = np.array([token for row in rows for part in row for token in part], np.uint32)
     starts = np.array([0, *accumulate(len(prompt) + len(answer) for prompt, answer in rows)], np.int64)
     prompts = np.array([len(prompt) for prompt, _ in rows], np.int64)
@@ -114,38 +125,43 @@ def _join(rows: Sequence[tuple[list[int], list[int]]], data: DataSection, *, not
     )
 
 
-def _make_encode(data: DataSection) -> Encode:
-    if data.tokenizer == "bytes":
-        return lambda prompt, answer: (list(prompt.encode()), list(answer.encode()))
-    tokenizer = load_tokenizer(data.tokenizer)
-    end_id = data.end_id if data.end_id >= 0 else tokenizer.special.end_id
-    ends = [] if end_id is None else [end_id]
-    # Apart, so that the prompt has the same ids before both answers.
-    return lambda prompt, answer: (tokenizer.encode_prompt(prompt), [*tokenizer.encode(answer), *ends])
+class _Encoder:
+    """Tokenize pairs by the tokenizer of a config, chats by the template beside it."""
 
+    def __init__(self, data: DataSection) -> None:
+        self._data = data
 
-def _read_file(file: Path, damage: Damage) -> Iterator[list[str]]:
-    """Yield the texts of every record that is not damaged, in the order of FIELDS."""
-    for place, values in _read_values(file, damage):
-        wrong = [name for name, value in zip(FIELDS, values, strict=True) if not isinstance(value, str)]
-        if wrong:
-            damage.add(place, f"{' and '.join(wrong)}: no text")
-        elif not (values[1] and values[2]):
-            damage.add(place, "an answer is empty")
-        else:
-            damage.num_records += 1
-            yield list(values)
+    def encode(self, pair: TextPair | ChatPair) -> list[Row]:
+        """Return the ids of prompt and answer, of both answers.
 
+        Raises:
+            DamagedChatError: these messages cannot be trained on.
+            DataError: nor can any others, for want of a chat template.
+        """
+        answers = pair.chosen, pair.rejected
+        if isinstance(pair, ChatPair):
+            chat = {"prompt": pair.prompt, "answers": answers}
+            return list(encode_answers(self._template, self._tokenizer, **chat))
+        if self._data.tokenizer == "bytes":
+            return [(list(pair.prompt.encode()), list(answer.encode())) for answer in answers]
+        # Apart, so that the prompt has the same ids before both answers.
+        prompt = self._tokenizer.encode_prompt(pair.prompt)
+        return [(prompt, [*self._tokenizer.encode(answer), *self._ends]) for answer in answers]
 
-def _read_values(file: Path, damage: Damage) -> Iterator[tuple[Any, Sequence[Any]]]:
-    kind = record_kind(file)
-    if kind is None:
-        raise DataError(
-            f"{file}: data.source='pairs' reads records, and this is no file of them by its name.",
-            fix="name .jsonl, .parquet or .arrow files with the fields prompt, chosen and rejected.",
-        )
-    if kind == "lines":
-        yield from read_json_lines(file, field=FIELDS, damage=damage)
-        return
-    for columns in zip(*(read_rows(file, field=name, kind=kind, holds="text") for name in FIELDS), strict=True):
-        yield columns[0][0], [value for _, value in columns]
+    @cached_property
+    def _tokenizer(self) -> ModelTokenizer:
+        return load_tokenizer(self._data.tokenizer)
+
+    @cached_property
+    def _template(self) -> ChatTemplate:
+        if self._data.tokenizer == "bytes":
+            raise DataError(
+                "messages need a chat template, which is beside a model's tokenizer; data.tokenizer='bytes' has none.",
+                fix="set data.tokenizer to the folder of a model that chats.",
+            )
+        return read_template(self._tokenizer)
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        end_id = self._data.end_id if self._data.end_id >= 0 else self._tokenizer.special.end_id
+        return [] if end_id is None else [end_id]

@@ -34,11 +34,16 @@ class Span:
 
 
 def read_json_lines(
-    file: Path, *, field: str | Sequence[str], damage: Damage, span: Span | None = None
+    file: Path,
+    *,
+    field: str | Sequence[str],
+    damage: Damage,
+    span: Span | None = None,
+    optional: Sequence[str] = (),
 ) -> Iterator[tuple[Place, Any]]:
     """Yield place and value of the field of every line of JSON that is not blank; damaged ones are counted.
 
-    Of several fields the value is a list of theirs.
+    Of several fields the value is a list of theirs, None for `optional` ones that a record lacks.
 
     Raises:
         DataError: the compressed file is cut off, a line is endless, or the first record has no such field.
@@ -60,14 +65,14 @@ def read_json_lines(
             if isinstance(record, str):
                 damage.add(place, record)
                 continue
-            missing = next((name for name in names if name not in record), None)
+            missing = next((name for name in names if name not in record and name not in optional), None)
             if is_first and missing:
                 raise no_field(place(), missing, list(record))
             is_first = False
             if missing:
                 damage.add(place, f"no field {missing}")
                 continue
-            yield place, record[field] if isinstance(field, str) else [record[name] for name in names]
+            yield place, record[field] if isinstance(field, str) else [record.get(name) for name in names]
 
 
 def _parse(text: bytes) -> dict[str, Any] | str:

@@ -1,9 +1,10 @@
 """Read a column of texts, or of chats, of a Parquet or Arrow file."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 from ....meshes import DataError
 from ....meshes.errors import printable
@@ -12,12 +13,13 @@ from .damage import no_field
 from .extra import import_extra
 from .json_lines import Place
 
-Holds = Literal["text", "messages"]
+Holds = Literal["text", "messages", "either"]
 """What a column holds."""
 
 _ROWS = 1024
-_TYPES = {"text": ("string", "large_string", "string_view"), "messages": ("list<", "large_list<")}
-_NAMES = {"text": "no text", "messages": "no list of messages"}
+_TEXT, _LISTS = ("string", "large_string", "string_view"), ("list<", "large_list<")
+_TYPES = {"text": _TEXT, "messages": _LISTS, "either": _TEXT + _LISTS}
+_NAMES = {"text": "no text", "messages": "no list of messages", "either": "no text and no list of messages"}
 
 
 def read_rows(
@@ -28,14 +30,31 @@ def read_rows(
     Raises:
         DataError: it is another file, it has no such column, or pyarrow is missing.
     """
-    pyarrow = import_extra("pyarrow", file)
     number = 0
-    try:
+    with _explain_damage(file, kind):
         batches = _open_parquet(file, field, holds) if kind == "parquet" else _open_arrow(file, field, holds)
         for column in batches:
             for value in column.to_pylist():
                 number += 1
                 yield partial("{}: row {}".format, file, number), value
+
+
+def column_names(file: Path, kind: Literal["parquet", "arrow"]) -> list[str]:
+    """Return the names of the columns of a Parquet or Arrow file.
+
+    Raises:
+        DataError: it is another file, or pyarrow is missing.
+    """
+    parquet = import_extra("pyarrow.parquet", file)
+    with _explain_damage(file, kind), open_regular(file, error=DataError) as stream:
+        return (parquet.read_schema(stream) if kind == "parquet" else _open_reader(stream, file).schema).names
+
+
+@contextmanager
+def _explain_damage(file: Path, kind: str) -> Iterator[None]:
+    pyarrow = import_extra("pyarrow", file)
+    try:
+        yield
     except (pyarrow.ArrowException, OSError) as error:
         why = printable(str(error).partition("\n")[0].rstrip("."), limit=200)
         raise DataError(f"{file}: this is no {kind} file: {why}.", fix="write it again.") from None
@@ -50,16 +69,21 @@ def _open_parquet(file: Path, field: str, holds: Holds) -> Iterator[Any]:
 
 
 def _open_arrow(file: Path, field: str, holds: Holds) -> Iterator[Any]:
-    pyarrow = import_extra("pyarrow", file)
     with open_regular(file, error=DataError) as stream:
-        is_file = stream.read(6) == b"ARROW1"
-        stream.seek(0)
-        # `datasets` writes streams, which have no footer.
-        reader = pyarrow.ipc.open_file(stream) if is_file else pyarrow.ipc.open_stream(stream)
+        reader = _open_reader(stream, file)
         _check_column(file, field, reader.schema, holds)
+        is_file = hasattr(reader, "num_record_batches")
         found = (reader.get_batch(index) for index in range(reader.num_record_batches)) if is_file else reader
         for batch in found:
             yield batch.column(field)
+
+
+def _open_reader(stream: IO[bytes], file: Path) -> Any:
+    pyarrow = import_extra("pyarrow", file)
+    is_file = stream.read(6) == b"ARROW1"
+    stream.seek(0)
+    # `datasets` writes streams, which have no footer.
+    return pyarrow.ipc.open_file(stream) if is_file else pyarrow.ipc.open_stream(stream)
 
 
 def _check_column(file: Path, field: str, schema: Any, holds: Holds) -> None:
