@@ -119,7 +119,7 @@ def _resolve_keys(values: Mapping[str, Any], architecture: Architecture, warning
 
 
 def _read_model(values: Mapping[str, Any], architecture: Architecture) -> ModelConfig:
-    found = [*architecture.find_unsupported_keys(values), *_find_unsupported_keys(values)]
+    found = [*architecture.find_unsupported_keys(values), *_find_unsupported_keys(values, architecture)]
     # Layers are checked one by one, so only if their number is valid.
     found += list(find_wrong_numbers(values, architecture)) or architecture.find_unsupported_layers(values)
     if found:
@@ -128,10 +128,12 @@ def _read_model(values: Mapping[str, Any], architecture: Architecture) -> ModelC
     return ModelConfig(**architecture.read(values))
 
 
-def _find_unsupported_keys(values: Mapping[str, Any]) -> Iterator[str]:
-    """Yield one line for each setting that no architecture can compute."""
-    if values.get("quantization_config"):
-        yield "quantization_config: the weights are quantised; use those that are not"
+def _find_unsupported_keys(values: Mapping[str, Any], architecture: Architecture) -> Iterator[str]:
+    """Yield one line for each setting that no architecture can compute, and for weights in a form that is not read."""
+    if quantized := values.get("quantization_config"):
+        method = quantized.get("quant_method") if isinstance(quantized, Mapping) else None
+        if method not in architecture.tensors.quantized:
+            yield "quantization_config: the weights are quantised; use those that are not"
     if values.get("text_config"):
         yield "text_config: a model within a model; use that of the text alone"
     if not isinstance(tied := values.get("tie_word_embeddings", False), bool):

@@ -16,7 +16,8 @@ from ..meshes import WeightsError
 from ..meshes.errors import printable
 from .architectures import ARCHITECTURES
 from .architectures.tensor_names import TensorNames, TensorPlace
-from .config import read_hub_model
+from .config import HubModel, read_hub_model
+from .mxfp4 import widen_tensors
 from .saves.paths import leaves_by_path, path_text
 from .tensor_files import FLOATS, TensorFiles, open_tensor_files
 
@@ -98,7 +99,7 @@ def open_weights(folder: str | Path, shapes: Any) -> WeightFiles:
     """
     model = read_hub_model(folder)
     names = ARCHITECTURES[model.architecture].tensors
-    files = open_tensor_files(folder)
+    files = _open_files(folder, model)
     has_prefix = any(name.startswith(names.prefix) for name in (*files.shapes, *files.lost))
     leaves = leaves_by_path(shapes)
     found = WeightFiles(
@@ -127,6 +128,11 @@ def open_weights(folder: str | Path, shapes: Any) -> WeightFiles:
         lines = [f"{folder} does not hold what its config.json says:", *mistakes[:_SHOWN], *more]
         raise WeightsError("\n  ".join(lines), fix="copy the folder again, whole.")
     return found
+
+
+def _open_files(folder: str | Path, model: HubModel) -> TensorFiles:
+    files = open_tensor_files(folder)
+    return widen_tensors(files) if model.values.get("quantization_config") else files
 
 
 def _has_only(weights: WeightFiles, other: WeightFiles, leaves: Mapping[str, Any]) -> bool:

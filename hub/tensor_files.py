@@ -6,6 +6,7 @@ Read `read.py` next.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,7 @@ class _Opened:
             if not is_taken:
                 tensor = opened.get_slice(name)
                 self.shapes[name], self.dtypes[name] = tuple(tensor.get_shape()), tensor.get_dtype()
-                self.slices[name] = tensor.__getitem__
+                self.slices[name] = partial(_read_slice, tensor)
         return ""
 
     def as_files(self, *, mistakes: tuple[str, ...] = (), lost: Any = (), warnings: Any = ()) -> TensorFiles:
@@ -125,6 +126,12 @@ class _Opened:
             lost=frozenset(lost),
             warnings=tuple(warnings),
         )
+
+
+def _read_slice(tensor: Any, index: tuple[slice, ...]) -> np.ndarray:
+    """Read a slice of a tensor; safetensors reads no steps, so these are taken of what lies between."""
+    piece = tensor[tuple(slice(one.start, one.stop) for one in index)]
+    return piece[tuple(slice(None, None, one.step) for one in index)]
 
 
 def _open_shards(folder: Path, index: Mapping[str, str]) -> TensorFiles:

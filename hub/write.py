@@ -82,6 +82,7 @@ class _Tensor:
     paths: tuple[str, ...]
     number: tuple[int, ...]
     is_transposed: bool
+    is_interleaved: bool
     layer: int
     dtype: np.dtype
 
@@ -114,6 +115,7 @@ def _list_tensors(leaves: Mapping[str, jax.Array], model_type: str, dtype: np.dt
                 paths=tuple(paths),
                 number=number,
                 is_transposed=place.layout == "transposed",
+                is_interleaved=place.order == "interleaved",
                 layer=place.first + number[0] if number else 0,
                 dtype=kind,
             )
@@ -151,7 +153,10 @@ def _fill_files(tensors: list[_Tensor], max_file_bytes: int) -> Iterator[list[_T
 def _fetch(tensor: _Tensor, leaves: Mapping[str, jax.Array]) -> np.ndarray:
     """Return a tensor as a host array."""
     parts = [_fetch_part(leaves[path], tensor.number) for path in tensor.paths]
-    whole = np.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
+    if tensor.is_interleaved:
+        whole = np.stack(parts, axis=-1).reshape(*parts[0].shape[:-1], -1)
+    else:
+        whole = np.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
     # safetensors saves the memory of a non-contiguous view as it is, in the wrong order.
     return np.ascontiguousarray((whole.T if tensor.is_transposed else whole).astype(tensor.dtype))
 

@@ -37,15 +37,17 @@ class ModelConfig:
     `num_kv_heads`, `head_size` and `ffn_size` may be left out: they become `num_heads` (multi-head attention),
     `hidden_size / num_heads`, and 4 x hidden (GELU) or 8/3 x hidden rounded up to 64 (SwiGLU).
 
-    `mlp` "geglu" and `norm` "rmsnorm1p" are Gemma's: gelu(gate) x up, and an RMSNorm whose scale is stored minus one.
+    `mlp` "geglu" and `norm` "rmsnorm1p" are Gemma's: gelu(gate) x up, and an RMSNorm whose scale is stored minus one;
+    "clamped_swiglu" is gpt-oss's, see `clamped_gate` in `mlp.py`.
     `bias` "qkv" is Qwen 2's: only queries, keys and values have one. `qk_norm` "on" is Qwen 3's, an RMSNorm over the
     features of every query and key head; "whole" is OLMo 2's, over those of all heads. `norm_place` says whether
     attention and feed-forward layers have a norm of their input, of their output (OLMo 2), or of both (Gemma 2).
 
     `attention_window` is the number of tokens visible to a token, itself included; 0 is all. `attention_pattern` names
     the kinds of attention of the layers, repeated, where they differ: "full", "window" or "unrotated", see
-    `options/by_layer.py`. `attention` selects the kernel, see `flash.py`; `rope_scaling` is explained in
-    `rope/frequencies.py`. `rope_head_size` is the number of features of a head that are rotated; 0 is all.
+    `options/by_layer.py`. With `attention_sinks` every head has a learned score without a key (`options/sinks.py`).
+    `attention` selects the kernel, see `flash.py`; `rope_scaling` is explained in `rope/frequencies.py`.
+    `rope_head_size` is the number of features of a head that are rotated; 0 is all.
 
     With `latent_size` keys and values of all heads are computed from one vector of that size, DeepSeek's; see
     `latent/attention.py`.
@@ -81,7 +83,7 @@ class ModelConfig:
     head_size: int = 0
     ffn_size: int = 0
     max_tokens: int = 2048
-    mlp: Literal["gelu", "swiglu", "geglu"] = "gelu"
+    mlp: Literal["gelu", "swiglu", "geglu", "clamped_swiglu"] = "gelu"
     norm: Literal["layernorm", "rmsnorm", "rmsnorm1p"] = "layernorm"
     norm_epsilon: float = 1e-5
     norm_place: Literal["before", "after", "both"] = "before"
@@ -92,6 +94,7 @@ class ModelConfig:
     rope_low_frequency_factor: float = 1.0
     rope_high_frequency_factor: float = 4.0
     rope_original_tokens: int = 0
+    rope_truncate: Literal["on", "off"] = "on"
     rope_attention_factor: float = 0.0
     rope_mscale_all: float = 0.0
     rope_head_size: int = 0
@@ -103,6 +106,7 @@ class ModelConfig:
     attention_pattern: tuple[str, ...] = ()
     window_rope_theta: float = 0.0
     attention_softcap: float = 0.0
+    attention_sinks: Literal["off", "on"] = "off"
     qk_norm: Literal["on", "whole", "off"] = "off"
     bias: Literal["on", "qkv", "off"] = "on"
     num_experts: int = 0
@@ -117,7 +121,7 @@ class ModelConfig:
     router_scale: float = 1.0
     router_groups: int = 1
     router_groups_kept: int = 1
-    router_bias: Literal["on", "off"] = "off"
+    router_bias: Literal["on", "trained", "off"] = "off"
     router_bias_rate: float = 0.001
     balance_loss: float = 0.0
     router_z_loss: float = 0.0

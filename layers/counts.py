@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 from ..meshes import ModelError
 from ..meshes.arguments import check_choice, check_count
-from .attention.counts import attention_norms, attention_weights, attention_widths
+from .attention.counts import attention_vectors, attention_weights, attention_widths
 from .block import Remat
 from .config import ModelConfig
 from .experts.kinds import layer_kinds
@@ -140,11 +140,20 @@ def _block_params(config: ModelConfig) -> int:
         return block_params(config)
     biases = config.query_size + 2 * config.kv_size if config.qkv_bias == "on" else 0
     if config.other_bias == "on":
-        biases += 2 * config.hidden_size + (2 if config.is_gated else 1) * config.ffn_size
-    if config.router_bias == "on":
+        biases += config.hidden_size + _ffn_biases(config)
+    if config.router_bias != "off":
         biases += config.num_experts
-    norms = config.num_block_norms * _norm_params(config) + attention_norms(config)
+    norms = config.num_block_norms * _norm_params(config) + attention_vectors(config)
     return _block_weights(config, experts=config.num_experts) + biases + norms
+
+
+def _ffn_biases(config: ModelConfig) -> int:
+    """Return the biases of a feed-forward, or of all experts and the shared ones."""
+    d, num_up = config.hidden_size, 2 if config.is_gated else 1
+    if not config.num_experts:
+        return num_up * config.ffn_size + d
+    shared = num_up * config.shared_size + d if config.shared_size else 0
+    return config.num_experts * (num_up * config.expert_size + d) + shared
 
 
 def _norm_params(config: ModelConfig) -> int:

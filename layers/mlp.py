@@ -1,9 +1,11 @@
 """The feed-forward half of a block: a column-parallel layer up, a row-parallel layer down, one all-reduce."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from ..meshes import DEFAULT_RULES, ModelError, ShardingRules
@@ -12,11 +14,12 @@ from .config import ModelConfig
 from .joined_linear import JoinedLinear, join_split
 from .linear import ColumnLinear, RowLinear
 from .lora.check_config import lora_of
+from .options.check_config import CLAMP, SHARPNESS
 from .partitioning import INIT_STD
 
 
 class MLP(nnx.Module):
-    """GELU (`down(gelu(up(x)))`), SwiGLU (`down(silu(gate(x)) * up(x))`, Shazeer 2020) or GEGLU over hidden features.
+    """GELU (`down(gelu(up(x)))`), SwiGLU (`down(silu(gate(x)) * up(x))`, Shazeer 2020) or others of `gate_of`.
 
     x[B@data, T, D] -> y[B@data, T, D], with F@tensor in between; one all-reduce forward, one backward.
 
@@ -28,7 +31,7 @@ class MLP(nnx.Module):
         self, config: ModelConfig, *, rngs: nnx.Rngs, rules: ShardingRules = DEFAULT_RULES, features: int = 0
     ) -> None:
         check_count("features", features, error=ModelError, least=0)
-        self.rules, self.act = rules, gelu_gate if config.mlp == "geglu" else swish_gate
+        self.rules, self.act = rules, gate_of(config)
         shared: dict[str, Any] = {
             "dim": "ffn",
             "bias": config.other_bias,
@@ -85,3 +88,20 @@ def swish_gate(gate_BTF: jax.Array, up_BTF: jax.Array) -> jax.Array:
 def gelu_gate(gate_BTF: jax.Array, up_BTF: jax.Array) -> jax.Array:
     """Return gelu(gate) * up, GELU in its approximation by tanh."""
     return jax.nn.gelu(gate_BTF) * up_BTF
+
+
+@partial(jax.checkpoint, prevent_cse=False)
+def clamped_gate(gate_BTF: jax.Array, up_BTF: jax.Array) -> jax.Array:
+    """Return gate sigmoid(1.702 gate) (up + 1), gate at most 7 and up within 7 of 0 (OpenAI 2025, gpt-oss)."""
+    gate_BTF, up_BTF = jnp.minimum(gate_BTF, CLAMP), jnp.clip(up_BTF, -CLAMP, CLAMP)
+    return gate_BTF * jax.nn.sigmoid(SHARPNESS * gate_BTF) * (up_BTF + 1)
+
+
+Gate = Callable[[jax.Array, jax.Array], jax.Array]
+
+_GATES: dict[str, Gate] = {"swiglu": swish_gate, "geglu": gelu_gate, "clamped_swiglu": clamped_gate}
+
+
+def gate_of(config: ModelConfig) -> Gate:
+    """Return the function of gate and up of a model; SwiGLU's where there is no gate."""
+    return _GATES.get(config.mlp, swish_gate)

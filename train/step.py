@@ -129,7 +129,7 @@ def _key_of(setup: Setup, step: jax.Array) -> jax.Array | None:
 def _move_biases(setup: Setup, params: PipelineParams, stats: Any, *, good: jax.Array) -> PipelineParams:
     """Return the parameters with the biases of routers moved, if routers have some."""
     model = setup.config.model
-    if model.router_bias == "off":
+    if model.router_bias != "on":
         return params
     # Tokens of each layer lie as its bias does, [chunks, ranks@pipe, layers, E].
     (tokens,) = jax.tree.leaves(stats)

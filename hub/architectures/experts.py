@@ -71,8 +71,8 @@ def find_unsupported_experts(config: ModelConfig) -> Iterator[str]:
             yield f"model.{size}={value}, not 0"
     if config.router != "softmax":
         yield f"model.router={config.router!r}, not 'softmax'"
-    if config.router_bias == "on":
-        yield "model.router_bias='on', not 'off'"
+    if config.router_bias != "off":
+        yield f"model.router_bias={config.router_bias!r}, not 'off'"
     if config.router_scale != 1:
         yield f"model.router_scale={config.router_scale}, not 1"
     if config.router_groups_kept != config.router_groups:

@@ -7,7 +7,6 @@ MISSING = {
     "deepseek_v32": "attention to tokens that an indexer chooses",
     "gemma3": "images; the text alone is a model of type gemma3_text",
     "gemma3n_text": "embeddings of each layer, and layers that share keys and values",
-    "gpt_oss": "attention sinks, and experts with biases and a clamped SwiGLU",
     "qwen2_moe": "shared experts with a gate of their own (shared_expert_gate)",
 }
 """What trellax lacks for each, by `model_type`."""

@@ -102,8 +102,8 @@ def _find_unsupported_yarn(rope: Mapping[str, Any]) -> Iterator[str]:
     for key in _YARN_NUMBERS:
         if rope.get(key):
             yield from check_positive(key, rope[key])
-    if rope.get("truncate", True) is not True:
-        yield f"truncate={shown(rope['truncate'])} of rope type 'yarn'; only true is"
+    if not isinstance(truncate := rope.get("truncate", True), bool):
+        yield f"truncate={shown(truncate)} of rope type 'yarn' is neither true nor false"
 
 
 def read_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
@@ -129,6 +129,7 @@ def _read_yarn(rope: Mapping[str, Any]) -> dict[str, Any]:
         "rope_low_frequency_factor": float(rope.get("beta_slow") or 1),
         "rope_high_frequency_factor": float(rope.get("beta_fast") or 32),
         "rope_original_tokens": rope[_ORIGINAL_TOKENS],
+        "rope_truncate": "on" if rope.get("truncate", True) else "off",
         "rope_attention_factor": float(own or 0),
         "rope_mscale_all": float(mscale_all),
     }
@@ -160,6 +161,8 @@ def _write_yarn(config: ModelConfig) -> dict[str, Any]:
         "beta_fast": config.rope_high_frequency_factor,
         _ORIGINAL_TOKENS: config.rope_original_tokens,
     }
+    if config.rope_truncate == "off":
+        rope["truncate"] = False
     if config.rope_attention_factor:
         rope["attention_factor"] = config.rope_attention_factor
     if config.rope_mscale_all:

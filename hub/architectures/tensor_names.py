@@ -21,13 +21,15 @@ class TensorPlace:
     """The place of a parameter in a file: a tensor, or one of several parts of a tensor.
 
     GPT-2 stores query, key and value as one tensor [in, 3 * out]; the key is part 1 of 3. Phi-3 does too, but its parts
-    are as wide as there are heads of each. torch's linear layers are [out, in], the transpose of ours.
+    are as wide as there are heads of each. gpt-oss stores the columns of gate and up in turn. torch's linear layers are
+    [out, in], the transpose of ours.
 
     Args:
         name: name of the tensor, with `{layer}` if every layer has its own, and `{expert}` if every expert has.
         layout: "transposed" if the last two dimensions of the tensor are [out, in].
         part: index of the parameter among the parts of the tensor's last dimension, in our layout.
         num_parts: number of these parts; 1 if the tensor is the parameter.
+        order: "interleaved" if the parts have their columns in turn, not side by side.
         joined: paths of the parameters that are the parts, in order, if these are not equally wide; `widths`, theirs in
             one model, are filled in by `TensorNames.select`.
         first: layer of the model that is the first of the stack.
@@ -38,6 +40,7 @@ class TensorPlace:
     layout: Literal["same", "transposed"] = "same"
     part: int = 0
     num_parts: int = 1
+    order: Literal["joined", "interleaved"] = "joined"
     joined: tuple[str, ...] = ()
     widths: tuple[int, ...] = ()
     first: int = 0
@@ -66,11 +69,19 @@ class TensorPlace:
             own: the block, as an index of the parameter without its stacked dimensions.
             shape: the shape of the tensor.
         """
+        if self.order == "interleaved":
+            return self._index_in_turn(own)
         wide = shape[-2] if self.layout == "transposed" else shape[-1]
         # GPT-2's c_attn is [768, 3 * 768], and the key is part 1: its columns 0:64 are columns 768:832 of the tensor.
         start = sum(self.widths[: self.part]) if self.widths else self.part * wide // self.num_parts
         moved = (*own[:-1], slice(own[-1].start + start, own[-1].stop + start))
         return _swap(moved) if self.layout == "transposed" else moved
+
+    def _index_in_turn(self, own: tuple[slice, ...]) -> tuple[slice, ...]:
+        """Return the index of columns a to b, of part p of n: a n + p, (a + 1) n + p, ..., (b - 1) n + p."""
+        last, step = own[-1], self.num_parts
+        turns = slice(last.start * step + self.part, (last.stop - 1) * step + self.part + 1, step)
+        return _swap((*own[:-1], turns)) if self.layout == "transposed" else (*own[:-1], turns)
 
 
 def _swap(dims: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -87,6 +98,7 @@ class TensorNames:
         stacked: places in files that hold all experts of a layer as one tensor, for parameters that differ.
         head: name of the output table, which has no prefix. Files of a model with tied embeddings may omit it.
         ignored: suffixes of tensors that are not parameters, such as masks that older versions of transformers saved.
+        quantized: forms of quantized weights that are read, by `quant_method` in config.json.
         more_layers: whether files may have layers behind the model's last, which are left out: those of DeepSeek-V3
             predict one token more in training.
     """
@@ -96,6 +108,7 @@ class TensorNames:
     stacked: Mapping[str, TensorPlace] = field(default_factory=dict)
     head: str = "lm_head.weight"
     ignored: tuple[str, ...] = ()
+    quantized: tuple[str, ...] = ()
     more_layers: Literal["refused", "ignored"] = "refused"
 
     def select(self, leaves: Mapping[str, Any]) -> dict[str, TensorPlace]:

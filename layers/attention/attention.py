@@ -19,6 +19,7 @@ from ..linear import ColumnLinear, RowLinear
 from ..lora.check_config import lora_of
 from ..options.by_layer import SAME_AS_ALL, LayerAttention, attention_of_layer
 from ..options.qk_norm import make_qk_norm, normalize_heads
+from ..options.sinks import make_sinks
 from ..partitioning import INIT_STD
 from ..rope.rotary import rotate
 from .cache import CacheScoring, KVCache, NewTokens, attend
@@ -49,6 +50,7 @@ class Attention(nnx.Module):
         self.qkv: JoinedLinear | None = nnx.data(None)
         self.query_norm = make_qk_norm(config, dim="heads", rngs=rngs, rules=rules)
         self.key_norm = make_qk_norm(config, dim="kv_heads", rngs=rngs, rules=rules)
+        self.sinks = make_sinks(config, rngs=rngs, rules=rules)
 
     def __call__(
         self, x_BTD: jax.Array, places: Places | None = None, layer: jax.Array | int | None = None
@@ -66,6 +68,7 @@ class Attention(nnx.Module):
         own = attention_of_layer(self.config, layer)
         q_BTNH, k_BTKH, v_BTKH = self.project(x_BTD, positions_BT=places.positions if places else None, own=own)
         more: dict[str, Any] = {"segments_BT": places.segments if places else None, "is_windowed": own.is_windowed}
+        more["sinks_N"] = self._sinks
         mixed_BTNH = attend_in_context(q_BTNH, k_BTKH, v_BTKH, config=self.config, rules=self.rules, **more)
         return self.combine(mixed_BTNH)
 
@@ -135,10 +138,14 @@ class Attention(nnx.Module):
         own = attention_of_layer(self.config, number)
         q_BTNH, k_BTKH, v_BTKH = self.project(x_BTD, positions_BT=positions_BT, own=own)
         cache = cache.append(layer, new, k_BTKH, v_BTKH)
-        window, cap = self.config.attention_window, self.config.attention_softcap
-        scoring = CacheScoring(window=window, is_windowed=own.is_windowed, cap=cap)
+        how: dict[str, Any] = {"window": self.config.attention_window, "cap": self.config.attention_softcap}
+        scoring = CacheScoring(**how, is_windowed=own.is_windowed, sinks=self._sinks)
         mixed_BTNH = attend(q_BTNH, cache=cache, layer=layer, new=new, scoring=scoring)
         return self.combine(mixed_BTNH), cache
+
+    @property
+    def _sinks(self) -> jax.Array | None:
+        return None if self.sinks is None else self.sinks[...]
 
     def _project(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Compute x[B@data, T, D] -> queries [B@data, T, N@tensor, H], keys and values [B@data, T, K@tensor, H].

@@ -23,6 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from ..options.by_layer import choose_window
+from ..options.sinks import add_sinks, sink_grads
 
 FLASH_OUTPUTS = "flash_outputs"
 """Checkpoint name of attention's outputs: rematerialization keeps them, so the backward does not recompute them."""
@@ -46,6 +47,7 @@ def attend_blockwise(
     *,
     is_windowed: jax.Array | None = None,
     cap: float = 0.0,
+    sinks_N: jax.Array | None = None,
 ) -> jax.Array:
     """Compute causal attention, within the last `window` tokens unless that is 0.
 
@@ -56,8 +58,9 @@ def attend_blockwise(
         segments_BT: the number of each token's document; a token sees those of its own document alone.
         is_windowed: whether the window counts, bool []; it does if left out.
         cap: the soft cap of scores, 0 for none.
+        sinks_N: a score of each head that has no key, see `../options/sinks.py`.
     """
-    return _attend(q_BTNH, k_BTKH, v_BTKH, Limits(segments_BT, is_windowed), Scoring(window, cap))
+    return _attend(q_BTNH, k_BTKH, v_BTKH, Limits(segments_BT, is_windowed, sinks_N), Scoring(window, cap))
 
 
 class Scoring(NamedTuple):
@@ -68,10 +71,14 @@ class Scoring(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """What limits the keys that a query sees: documents [B, T], and whether the window counts, bool []."""
+    """What limits the shares of the keys of a sequence in a query's softmax.
+
+    Documents [B, T], whether the window counts, bool [], and scores of the heads without a key [N].
+    """
 
     segments: jax.Array | None = None
     is_windowed: jax.Array | None = None
+    sinks: jax.Array | None = None
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -83,7 +90,7 @@ class Saved(NamedTuple):
     """Residuals.
 
     q [B, K, G, T, H], k and v [B, K, T, H], the documents of tokens [B, T], the output y [B, T, N, H], and for every
-    query the logarithm of its softmax's sum [B, K, G, T].
+    query the logarithm of its softmax's sum [B, K, G, T], sinks included.
     """
 
     q: jax.Array
@@ -93,6 +100,7 @@ class Saved(NamedTuple):
     y: jax.Array
     sums: jax.Array
     is_windowed: jax.Array | None = None
+    sinks: jax.Array | None = None
 
 
 def _forward(
@@ -107,8 +115,12 @@ def _forward(
 
     given = (q_BKGTH, k_BKTH, v_BKTH, limits.segments)
     mixed_BKGTH, sums_BKGT = choose_window(limits.is_windowed, how.window, run, *given)
-    y_BTNH, sums_BKGT = checkpoint_name((tokens_first(mixed_BKGTH), sums_BKGT), FLASH_OUTPUTS)
-    return y_BTNH, Saved(*given, y_BTNH, sums_BKGT, limits.is_windowed)
+    y_BTNH = tokens_first(mixed_BKGTH)
+    if limits.sinks is not None:
+        y_BTNH, sums_BNT = add_sinks(y_BTNH, _all_heads(sums_BKGT), limits.sinks)
+        sums_BKGT = sums_BNT.reshape(sums_BKGT.shape)
+    y_BTNH, sums_BKGT = checkpoint_name((y_BTNH, sums_BKGT), FLASH_OUTPUTS)
+    return y_BTNH, Saved(*given, y_BTNH, sums_BKGT, limits.is_windowed, limits.sinks)
 
 
 def _backward(how: Scoring, saved: Saved, grad_BTNH: jax.Array) -> tuple[Any, ...]:
@@ -122,10 +134,17 @@ def _backward(how: Scoring, saved: Saved, grad_BTNH: jax.Array) -> tuple[Any, ..
     d_q, d_k, d_v = choose_window(saved.is_windowed, how.window, run, *given)
     scale, dtype = saved.q.shape[-1] ** -0.5, saved.y.dtype
     d_k_BTKH, d_v_BTKH = (jnp.swapaxes(d_BKTH, 1, 2).astype(dtype) for d_BKTH in (d_k * scale, d_v))
-    return tokens_first(d_q * scale).astype(dtype), d_k_BTKH, d_v_BTKH, None
+    d_sinks_N = None
+    if saved.sinks is not None:
+        d_sinks_N = sink_grads(grad_BTNH, saved.y, _all_heads(saved.sums), saved.sinks)
+    return tokens_first(d_q * scale).astype(dtype), d_k_BTKH, d_v_BTKH, Limits(sinks=d_sinks_N)
 
 
 _attend.defvjp(_forward, _backward)
+
+
+def _all_heads(sums_BKGT: jax.Array) -> jax.Array:
+    return sums_BKGT.reshape(sums_BKGT.shape[0], -1, sums_BKGT.shape[-1])
 
 
 def softmax_delta(saved: Saved, grad_BTNH: jax.Array) -> jax.Array:

@@ -131,6 +131,7 @@ class CacheScoring(NamedTuple):
     keys: what queries are multiplied with.
     scale: what scores are multiplied with; 1 / sqrt(H) if left out.
     cap: the soft cap of scores, 0 for none.
+    sinks: a score of each head that has no key, [N@tensor], see `../options/sinks.py`.
     """
 
     window: int = 0
@@ -138,6 +139,7 @@ class CacheScoring(NamedTuple):
     keys: Keys = "keys"
     scale: float | None = None
     cap: float = 0.0
+    sinks: jax.Array | None = None
 
 
 @jax.named_scope("attend")
@@ -170,7 +172,7 @@ def attend(
         return _add_block(so_far, q_BKGTH, block, scale=scale, cap=scoring.cap)
 
     first, last = _blocks_in_use(new, size=num_pages * cache.page, window=window)
-    total = jax.lax.fori_loop(first, last, add_block, _nothing_seen(q_BKGTH, cache.values))
+    total = jax.lax.fori_loop(first, last, add_block, _nothing_seen(q_BKGTH, cache.values, scoring.sinks))
     # The largest score adds 1 to the sum; rows that are not in use have seen nothing.
     mixed_BKGTU = (total.mixed / jnp.maximum(total.sum, 1.0)).astype(q_BTNH.dtype)
     return mixed_BKGTU.transpose(0, 3, 1, 2, 4).reshape(num_rows, num_tokens, num_heads, -1)
@@ -227,10 +229,14 @@ class _Softmax(NamedTuple):
     mixed: jax.Array
 
 
-def _nothing_seen(q_BKGTH: jax.Array, values: Any) -> _Softmax:
-    """Return the softmax over no keys, varying over the axes of the queries and of the cache."""
+def _nothing_seen(q_BKGTH: jax.Array, values: Any, sinks_N: jax.Array | None) -> _Softmax:
+    """Return the softmax over no keys, or over sinks alone, varying over the axes of the queries and of the cache."""
     *outer, _ = q_BKGTH.shape
     top, sum_, mixed = (jnp.full((*outer, n), x) for n, x in ((1, -jnp.inf), (1, 0.0), (values.shape[-1], 0.0)))
+    if sinks_N is not None:
+        # A score like any other, of the value 0.
+        sinks_1KG11 = sinks_N.astype(jnp.float32).reshape(1, *q_BKGTH.shape[1:3], 1, 1)
+        top, sum_ = jnp.broadcast_to(sinks_1KG11, top.shape), jnp.ones_like(sum_)
     both = tuple({*varying_axes(jax.tree.leaves(values)[0]), *varying_axes(q_BKGTH)})
     return _Softmax(*(mark_varying(x, both) for x in (top, sum_, mixed)))
 

@@ -67,9 +67,13 @@ def attention_weights(config: ModelConfig, *, tensor: int = 1) -> int:
     return config.hidden_size * (2 * config.query_size // tensor + 2 * config.kv_size // split_kv)
 
 
-def attention_norms(config: ModelConfig, *, tensor: int = 1) -> int:
-    """Return the number of scales of norms within attention on one device; those of one head are whole on every one."""
+def attention_vectors(config: ModelConfig, *, tensor: int = 1) -> int:
+    """Return the number of sinks, and of scales of norms, within attention on one device; those of one head are whole.
+
+    Sinks are split as the heads are.
+    """
     split_kv = tensor if config.num_kv_heads % tensor == 0 else 1
     whole = config.query_size // tensor + config.kv_size // split_kv
     heads = {"on": 2 * config.head_size, "whole": whole, "off": 0}[config.qk_norm]
-    return heads + attention_widths(config).latents
+    sinks = config.num_heads // tensor if config.attention_sinks == "on" else 0
+    return heads + sinks + attention_widths(config).latents

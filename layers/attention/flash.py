@@ -18,7 +18,8 @@ from ...meshes.device_kind import device_kind as kind_of_devices
 from ...meshes.device_kind import is_nvidia
 from ..config import ModelConfig
 from ..options.by_layer import choose_window
-from .blockwise import FLASH_OUTPUTS, attend_blockwise
+from ..options.sinks import add_sinks, sink_grads
+from .blockwise import FLASH_OUTPUTS, Limits, attend_blockwise
 
 Kernel = Literal["xla", "cudnn"]
 """The implementation of attention."""
@@ -46,6 +47,7 @@ def attend_causally(
     config: ModelConfig,
     segments_BT: jax.Array | None = None,
     is_windowed: jax.Array | None = None,
+    sinks_N: jax.Array | None = None,
 ) -> jax.Array:
     """Compute causal attention within the last `attention_window` tokens, and within each token's document.
 
@@ -53,6 +55,7 @@ def attend_causally(
 
     Args:
         is_windowed: whether the window counts in this layer, bool []; it does if left out.
+        sinks_N: a score of each head that has no key, [N@tensor], see `../options/sinks.py`.
 
     Raises:
         ModelError: the config asks for a kernel that the devices do not support.
@@ -60,9 +63,10 @@ def attend_causally(
     window, cap = config.attention_window, config.attention_softcap
     # jax has no documents in cuDNN's attention.
     if choose_kernel(config) == "xla" or segments_BT is not None:
-        return attend_blockwise(q_BTNH, k_BTKH, v_BTKH, window, segments_BT, is_windowed=is_windowed, cap=cap)
+        more: dict[str, Any] = {"is_windowed": is_windowed, "cap": cap, "sinks_N": sinks_N}
+        return attend_blockwise(q_BTNH, k_BTKH, v_BTKH, window, segments_BT, **more)
     # Under `jax.jit` jax's own rule splits the kernel over batch and heads.
-    return _attend_flash(q_BTNH, k_BTKH, v_BTKH, is_windowed, window)
+    return _attend_flash(q_BTNH, k_BTKH, v_BTKH, Limits(is_windowed=is_windowed, sinks=sinks_N), window)
 
 
 def attend_fused(
@@ -90,24 +94,30 @@ def attend_fused(
 
 # The gradient is written by hand so that rematerialization can keep the kernel's residuals by their name.
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend_flash(
-    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, is_windowed: jax.Array | None, window: int
-) -> jax.Array:
+def _attend_flash(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, limits: Limits, window: int) -> jax.Array:
+    if limits.sinks is not None:
+        # The kernel alone does not return its sums.
+        return _flash_forward(q_BTNH, k_BTKH, v_BTKH, limits, window)[0]
+
     def run(window: int, *qkv: jax.Array) -> jax.Array:
         return attend_fused(*qkv, window=window)
 
-    return choose_window(is_windowed, window, run, q_BTNH, k_BTKH, v_BTKH)
+    return choose_window(limits.is_windowed, window, run, q_BTNH, k_BTKH, v_BTKH)
 
 
 def _flash_forward(
-    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, is_windowed: jax.Array | None, window: int
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, limits: Limits, window: int
 ) -> tuple[jax.Array, Any]:
     def run(window: int, *qkv: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
         return run_fused(partial(attend_fused, window=window), *qkv)
 
     qkv = q_BTNH, k_BTKH, v_BTKH
-    y_BTNH, made = checkpoint_name(choose_window(is_windowed, window, run, *qkv), FLASH_OUTPUTS)
-    return y_BTNH, ((*qkv, y_BTNH), made, is_windowed)
+    y_BTNH, made = choose_window(limits.is_windowed, window, run, *qkv)
+    if limits.sinks is not None:
+        (sums_BNT,) = made
+        y_BTNH, *made = add_sinks(y_BTNH, sums_BNT, limits.sinks)
+    y_BTNH, made = checkpoint_name((y_BTNH, made), FLASH_OUTPUTS)
+    return y_BTNH, ((*qkv, y_BTNH), made, limits)
 
 
 def _flash_backward(window: int, saved: Any, grad_BTNH: jax.Array) -> tuple[Any, ...]:
@@ -115,8 +125,9 @@ def _flash_backward(window: int, saved: Any, grad_BTNH: jax.Array) -> tuple[Any,
         *qkv, y_BTNH, grad_BTNH = given[:5]
         return fused_grads(partial(attend_fused, window=window), tuple(qkv), y_BTNH, list(given[5:]), grad_BTNH)
 
-    arrays, made, is_windowed = saved
-    return (*choose_window(is_windowed, window, run, *arrays, grad_BTNH, *made), None)
+    arrays, made, limits = saved
+    d_sinks_N = None if limits.sinks is None else sink_grads(grad_BTNH, arrays[3], made[0], limits.sinks)
+    return (*choose_window(limits.is_windowed, window, run, *arrays, grad_BTNH, *made), Limits(sinks=d_sinks_N))
 
 
 _attend_flash.defvjp(_flash_forward, _flash_backward)

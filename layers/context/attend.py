@@ -24,6 +24,7 @@ def attend_in_context(
     rules: ShardingRules,
     segments_BT: jax.Array | None = None,
     is_windowed: jax.Array | None = None,
+    sinks_N: jax.Array | None = None,
 ) -> jax.Array:
     """Compute causal attention of sequences whose tokens are split over context axes.
 
@@ -35,22 +36,20 @@ def attend_in_context(
     Args:
         segments_BT: the number of each token's document; None where a sequence is one document.
         is_windowed: whether the window counts in this layer, bool []; it does if left out.
+        sinks_N: a score of each head that has no key, [N@tensor], see `../options/sinks.py`.
 
     Raises:
         ModelError: the config asks for a kernel that the devices do not support.
     """
     context = manual_axes(rules.axes("tokens"))
     if not context:
-        more: dict[str, Any] = {"segments_BT": segments_BT, "is_windowed": is_windowed}
+        more: dict[str, Any] = {"segments_BT": segments_BT, "is_windowed": is_windowed, "sinks_N": sinks_N}
         return attend_causally(q_BTNH, k_BTKH, v_BTKH, config=config, **more)
     if set(context) <= set(rules.axes("attention_heads")):
-        more = {"segments_Bt": segments_BT, "is_windowed": is_windowed}
+        more = {"segments_Bt": segments_BT, "is_windowed": is_windowed, "sinks_N": sinks_N}
         return attend_exchanged(q_BTNH, k_BTKH, v_BTKH, config=config, axes=context, **more)
     # cuDNN's kernel has no mask between two chunks but the causal one.
     is_plain = segments_BT is not None or config.attention_window or choose_kernel(config) == "xla"
-    how = How(
-        window=config.attention_window,
-        axes=context,
-        kernel=PlainKernel(config.attention_softcap) if is_plain else FusedKernel(),
-    )
-    return attend_gathered(q_BTNH, k_BTKH, v_BTKH, Limits(segments_BT, is_windowed), how)
+    kernel = PlainKernel(config.attention_softcap) if is_plain else FusedKernel()
+    how = How(window=config.attention_window, axes=context, kernel=kernel)
+    return attend_gathered(q_BTNH, k_BTKH, v_BTKH, Limits(segments_BT, is_windowed, sinks_N), how)

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from ..attention.flash import attend_causally
+from ..collectives import own_columns
 from ..config import ModelConfig
 from .places import order_chunks, restore_order
 
@@ -25,12 +26,13 @@ def attend_exchanged(
     axes: tuple[str, ...],
     segments_Bt: jax.Array | None = None,
     is_windowed: jax.Array | None = None,
+    sinks_N: jax.Array | None = None,
 ) -> jax.Array:
     """Compute causal attention over whole sequences, of which each device has two chunks.
 
     q[B, T@context, N, H], k and v[B, T@context, K, H], segments[B, T@context] -> mixed[B, T@context, N, H], for use
     inside `shard_map`. N and K must divide by the ranks. Sends an all-to-all of each of q, k, v and mixed, and as much
-    backward.
+    backward. Of sinks [N] a device takes those of its heads.
     """
     num_ranks = jax.lax.axis_size(axes)
 
@@ -47,5 +49,6 @@ def attend_exchanged(
         gathered = jax.lax.all_gather(segments_Bt, axes, axis=1, tiled=True)
         segments_BT = restore_order(gathered, num_ranks=num_ranks, dim=1)
     q_BTnH, k_BTkH, v_BTkH = map(to_heads, (q_BtNH, k_BtKH, v_BtKH))
-    more: dict[str, Any] = {"segments_BT": segments_BT, "is_windowed": is_windowed}
+    sinks_n = None if sinks_N is None else own_columns(sinks_N, axes, unit=1)
+    more: dict[str, Any] = {"segments_BT": segments_BT, "is_windowed": is_windowed, "sinks_N": sinks_n}
     return to_tokens(attend_causally(q_BTnH, k_BTkH, v_BTkH, config=config, **more))

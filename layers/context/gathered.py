@@ -26,6 +26,7 @@ from jax.ad_checkpoint import checkpoint_name
 from ...meshes.device_axes import mark_varying, varying_axes
 from ..attention.blockwise import FLASH_OUTPUTS, Limits
 from ..options.by_layer import choose_window
+from ..options.sinks import add_sinks, sink_grads
 from .pairs import Pair, count_pairs, pair_of
 from .tiles import Kernel, Mask, Queries, Tile, merge
 
@@ -50,7 +51,7 @@ def attend_gathered(q_BtNH: jax.Array, k_BtKH: jax.Array, v_BtKH: jax.Array, lim
 
 
 class _Saved(NamedTuple):
-    """Residuals, of this device's tokens: inputs and output, and the softmax's sums [2, B, N, n]."""
+    """Residuals, of this device's tokens: inputs and output, and the softmax's sums [2, B, N, n], sinks included."""
 
     q: jax.Array
     k: jax.Array
@@ -69,7 +70,11 @@ def _forward(
     # Outside of the branches: devices are not known to take the same.
     keys = _Keys.gather(k_BtKH, v_BtKH, limits.segments, how.axes)
     given = (q_BtNH, k_BtKH, v_BtKH, limits.segments, keys)
-    y_BtNH, sums = checkpoint_name(choose_window(limits.is_windowed, how.window, run, *given), FLASH_OUTPUTS)
+    y_BtNH, sums = choose_window(limits.is_windowed, how.window, run, *given)
+    if limits.sinks is not None:
+        chunks, sums = add_sinks(_cut(y_BtNH), sums, limits.sinks)
+        y_BtNH = _back(chunks)
+    y_BtNH, sums = checkpoint_name((y_BtNH, sums), FLASH_OUTPUTS)
     return y_BtNH, _Saved(q_BtNH, k_BtKH, v_BtKH, limits, y_BtNH, sums)
 
 
@@ -111,7 +116,11 @@ def _backward(how: How, saved: _Saved, grad_BtNH: jax.Array) -> tuple[Any, ...]:
         own = jax.lax.psum_scatter(of_all.astype(like.dtype), how.axes, scatter_dimension=0)
         return _back(own.astype(jnp.float32) + of_own).astype(like.dtype)
 
-    return _back(d_q).astype(saved.q.dtype), home(d_k, own_d_k, saved.k), home(d_v, own_d_v, saved.v), None
+    d_sinks_N = None
+    if saved.limits.sinks is not None:
+        d_sinks_N = sink_grads(_cut(grad_BtNH), _cut(saved.y), saved.sums, saved.limits.sinks)
+    d_k_BtKH, d_v_BtKH = home(d_k, own_d_k, saved.k), home(d_v, own_d_v, saved.v)
+    return _back(d_q).astype(saved.q.dtype), d_k_BtKH, d_v_BtKH, Limits(sinks=d_sinks_N)
 
 
 def _pair_grads(how: How, saved: _Saved, grad_BtNH: jax.Array, keys: "_Keys") -> tuple[jax.Array, ...]:

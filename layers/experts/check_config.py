@@ -58,8 +58,6 @@ def check_experts(config: Any) -> None:
         )
     if config.matmuls == "fp8":
         raise ModelError("matmuls='fp8' has no products for experts.", fix="set matmuls='plain'.")
-    if config.other_bias == "on":
-        raise ModelError("experts have no biases, but bias='on'.", fix="set bias='off', or 'qkv'.")
     _check_choice(config)
 
 

@@ -13,7 +13,7 @@ C pass the layer by, and are counted. Features of an expert are split over tenso
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from ...meshes import DEFAULT_RULES, ShardingRules
 from ...meshes.device_axes import manual_axes, mark_varying
 from ..collectives import gather_tokens, leave_split, max_blocks, run_in_blocks
 from ..config import ModelConfig
-from ..mlp import MLP
+from ..mlp import MLP, gate_of
 from ..partitioning import INIT_STD, make_param
 from ..quantized import scale_of
 from .rounds import Kernels, Room, Weight, run_further_rounds, run_round
@@ -45,31 +45,37 @@ class ExpertStats:
 
 
 class ExpertLinear(nnx.Module):
-    """The kernels of a linear layer of every expert, [E@expert, D, F@tensor] or [E@expert, F@tensor, D]."""
+    """The kernels of a linear layer of every expert, [E@expert, D, F@tensor] or [E@expert, F@tensor, D], and biases."""
 
     def __init__(
         self,
         shape: tuple[int, int, int],
         dims: tuple[str, str, str],
         *,
+        bias: Literal["on", "off"],
         std: float,
         rngs: nnx.Rngs,
         rules: ShardingRules,
     ) -> None:
         self.kernel = make_param(rngs.params(), shape, dims, std=std, rules=rules)
+        self.bias = nnx.data(None)
+        if bias == "on":
+            of_bias = (shape[0], shape[2]), (dims[0], dims[2])
+            self.bias = make_param(rngs.params(), *of_bias, std=0.0, rules=rules)
         self.kernel_scale = nnx.data(None)
 
     @property
     def weights(self) -> Weight:
-        """The kernels, with their scales if they are quantized."""
-        return Weight(self.kernel[...], scale_of(self))
+        """The kernels, with their scales if they are quantized, and their biases."""
+        return Weight(self.kernel[...], scale_of(self), None if self.bias is None else self.bias[...])
 
     @property
     def dims(self) -> Weight:
         """The logical dimensions of `weights`."""
         # A stack of layers has a dimension more, which a layer in a loop has not.
         dims = self.kernel.get_metadata("out_sharding")[-3:]
-        return Weight(dims, None if self.kernel_scale is None else (dims[0], dims[2]))
+        columns = dims[0], dims[2]
+        return Weight(dims, *(None if own is None else columns for own in (self.kernel_scale, self.bias)))
 
 
 class MoE(nnx.Module):
@@ -89,10 +95,11 @@ class MoE(nnx.Module):
         e, d, f = config.num_experts, config.hidden_size, config.expert_size
         self.router = Router(config, rngs=rngs, rules=rules)
         shared: dict[str, Any] = {"rngs": rngs, "rules": rules}
+        of_experts: dict[str, Any] = {"bias": config.other_bias} | shared
         into, out = ("experts", "embed", "ffn"), ("experts", "ffn", "embed")
-        self.up = ExpertLinear((e, d, f), into, std=INIT_STD, **shared)
-        self.gate = ExpertLinear((e, d, f), into, std=INIT_STD, **shared) if config.is_gated else nnx.data(None)
-        self.down = ExpertLinear((e, f, d), out, std=INIT_STD / (2 * config.num_layers) ** 0.5, **shared)
+        self.up = ExpertLinear((e, d, f), into, std=INIT_STD, **of_experts)
+        self.gate = ExpertLinear((e, d, f), into, std=INIT_STD, **of_experts) if config.is_gated else nnx.data(None)
+        self.down = ExpertLinear((e, f, d), out, std=INIT_STD / (2 * config.num_layers) ** 0.5, **of_experts)
         self.shared = MLP(config, features=config.shared_size, **shared) if config.shared_size else nnx.data(None)
 
     def __call__(self, x_BTD: jax.Array, weights_BT: jax.Array | None = None) -> tuple[jax.Array, ExpertStats]:
@@ -129,7 +136,8 @@ class MoE(nnx.Module):
         experts_BTk = gather_tokens(experts_BTk, tokens)
         x_nD, weights_nk, experts_nk = (leaf.reshape(-1, leaf.shape[-1]) for leaf in (*whole, experts_BTk))
         order = order_pairs(experts_nk, num_experts=config.num_experts)
-        room = Room(capacity=config.expert_rows(len(x_nD)), axes=self.rules.axes("experts"))
+        how: dict[str, Any] = {"axes": self.rules.axes("experts"), "features": features, "gate": gate_of(config)}
+        room = Room(capacity=config.expert_rows(len(x_nD)), **how)
         given = (x_nD.astype(config.dtype), weights_nk, kernels)
         y_nD = run_round(*given, room.slots(order, 0), room)
         dropped = jnp.zeros((), jnp.int32)

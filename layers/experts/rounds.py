@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from ...meshes.device_axes import manual_axes, mark_varying
+from ...meshes.device_axes import block_index, manual_axes, mark_varying
 from ...meshes.scopes import RARELY
 from ..collectives import max_blocks
-from ..mlp import gelu, swish_gate
+from ..mlp import Gate, gelu
 from .slots import Order, Slots, from_rows, round_slots, to_rows
 
 EXPERT_ROWS = "expert_rows"
@@ -26,10 +26,11 @@ EXPERT_ROWS = "expert_rows"
 
 
 class Weight(NamedTuple):
-    """The kernels of a linear layer of experts, [E, D, F], and their scales [E, F], None if they have none."""
+    """The kernels of a linear layer of experts, [E, D, F], their scales and biases [E, F], None if there are none."""
 
     kernel: Any
     scale: Any
+    bias: Any
 
 
 @jax.tree_util.register_dataclass
@@ -37,7 +38,7 @@ class Weight(NamedTuple):
 class Kernels:
     """The weights of this device's experts: up and gate [E@expert, D, F@tensor], down [E@expert, F@tensor, D].
 
-    gate is None where the feed-forward has none.
+    Biases are [E@expert, F@tensor] and [E@expert, D]. gate is None where the feed-forward has none.
     """
 
     up: Any
@@ -47,10 +48,15 @@ class Kernels:
 
 @dataclass(frozen=True, kw_only=True)
 class Room:
-    """How rows are laid out: `capacity` of them for each expert and device, and the axes that split the experts."""
+    """How experts run: `capacity` rows for each of them and device, the axes that split them, and those of features.
+
+    gate: the function of gate and up.
+    """
 
     capacity: int
     axes: tuple[str, ...]
+    features: tuple[str, ...]
+    gate: Gate
 
     def slots(self, order: Order, number: jax.Array | int) -> Slots:
         """Return the rows of a round."""
@@ -67,28 +73,40 @@ def run_round(x_nD: jax.Array, weights_nk: jax.Array, kernels: Kernels, slots: S
     axes = manual_axes(room.axes)
     if axes:
         rows_ECD = jax.lax.all_to_all(rows_ECD, axes, split_axis=0, concat_axis=1, tiled=True)
-    rows_ECD = _run_experts(checkpoint_name(rows_ECD, EXPERT_ROWS), kernels)
+    rows_ECD = _run_experts(checkpoint_name(rows_ECD, EXPERT_ROWS), kernels, room)
     if axes:
         rows_ECD = jax.lax.all_to_all(rows_ECD, axes, split_axis=1, concat_axis=0, tiled=True)
     rows_ECD = checkpoint_name(rows_ECD, EXPERT_ROWS)
     return from_rows(rows_ECD.reshape(rows_SD.shape), weights_nk, slots)
 
 
-def _run_experts(rows_ECD: jax.Array, kernels: Kernels) -> jax.Array:
+def _run_experts(rows_ECD: jax.Array, kernels: Kernels, room: Room) -> jax.Array:
     """rows[E, C, D] of each expert -> [E, C, D], in the dtype of the rows."""
-
-    def product(rows: jax.Array, weight: Weight) -> jax.Array:
-        kernel = weight.kernel.astype(rows.dtype)
-        if weight.scale is None:
-            return jnp.einsum("ecd,edf->ecf", rows, kernel)
-        y_ECF = jnp.einsum("ecd,edf->ecf", rows, kernel, preferred_element_type=jnp.float32)
-        return (y_ECF * weight.scale[:, None]).astype(rows.dtype)
-
-    up = checkpoint_name(product(rows_ECD, kernels.up), EXPERT_ROWS)
+    up = checkpoint_name(_product(rows_ECD, kernels.up), EXPERT_ROWS)
     if kernels.gate is None:
-        return product(gelu(up), kernels.down)
-    gate = checkpoint_name(product(rows_ECD, kernels.gate), EXPERT_ROWS)
-    return product(swish_gate(gate, up), kernels.down)
+        return _product(gelu(up), _add_once(kernels.down, room.features))
+    gate = checkpoint_name(_product(rows_ECD, kernels.gate), EXPERT_ROWS)
+    return _product(room.gate(gate, up), _add_once(kernels.down, room.features))
+
+
+def _product(rows: jax.Array, weight: Weight) -> jax.Array:
+    """rows[E, C, D] @ kernel[E, D, F] -> [E, C, F], with a bias if there is one."""
+    kernel = weight.kernel.astype(rows.dtype)
+    if weight.scale is None:
+        y_ECF = jnp.einsum("ecd,edf->ecf", rows, kernel)
+    else:
+        y_ECF = jnp.einsum("ecd,edf->ecf", rows, kernel, preferred_element_type=jnp.float32)
+        y_ECF = (y_ECF * weight.scale[:, None]).astype(rows.dtype)
+    return y_ECF if weight.bias is None else y_ECF + weight.bias[:, None].astype(y_ECF.dtype)
+
+
+def _add_once(weight: Weight, features: tuple[str, ...]) -> Weight:
+    """Return a weight whose bias is that of one device of those that each hold a part of the sum."""
+    axes = manual_axes(features)
+    if weight.bias is None or not axes:
+        return weight
+    bias = mark_varying(weight.bias, axes)
+    return weight._replace(bias=jnp.where(block_index(features) == 0, bias, jnp.zeros_like(bias)))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))

@@ -1,8 +1,9 @@
 """Choose the experts of each token, and the losses that keep their load even.
 
-    x[B, T, D] @ weight[D, E] -> scores, float32        softmax over experts, or a sigmoid of each
+    x[B, T, D] @ weight[D, E] -> scores, float32        softmax over experts, or a sigmoid of each; with a bias of the
+                                                        logits if `router_bias` is "trained"
     scores -> the k largest of each token               of the best groups of experts, if there are groups; with a bias
-                                                        added for this choice alone, `router_bias`
+                                                        added for this choice alone if it is "on"
     their scores, divided by their sum -> weights       with which the outputs of the k experts are added
 
 Scores and choice are computed in float32 whatever the compute dtype, since a rounded score chooses another expert.
@@ -55,11 +56,14 @@ class Router(nnx.Module):
         zeros = jnp.zeros(config.num_experts, jnp.float32)
         metadata = param_metadata(("router",), rules)
         self.bias = nnx.Param(zeros, **metadata) if config.router_bias == "on" else nnx.data(None)
+        self.logit_bias = nnx.Param(zeros, **metadata) if config.router_bias == "trained" else nnx.data(None)
 
     def __call__(self, x_BTD: jax.Array) -> Routing:
         """x[B@data, T, D] -> the routing of its tokens."""
         config = self.config
         logits = jnp.einsum("btd,de->bte", x_BTD.astype(jnp.float32), self.weight[...], precision="highest")
+        if self.logit_bias is not None:
+            logits = logits + self.logit_bias[...][None, None]
         raw = jax.nn.softmax(logits) if config.router == "softmax" else jax.nn.sigmoid(logits)
         # Only the choice reads the bias, so it has a gradient of zero; `balance.py` moves it.
         biased = raw if self.bias is None else raw + self.bias[...][None, None]

@@ -9,10 +9,14 @@ from ...meshes.errors import suggest
 FULL, WINDOW, UNROTATED = "full", "window", "unrotated"
 """Kinds of attention of a layer, see `by_layer.py`."""
 
+SHARPNESS, CLAMP = 1.702, 7.0
+"""Of the clamped SwiGLU: the factor within its sigmoid, with which x sigmoid(x) is near GELU, and the largest input."""
+
 _FACTORS = ("embedding_scale", "residual_scale", "logit_scale")
 _CAPS = ("attention_softcap", "logit_softcap")
 
 OPTION_FIELDS = ("norm_place", *_FACTORS, "attention_scale", "attention_pattern", "window_rope_theta", *_CAPS)
+OPTION_FIELDS += ("attention_sinks",)
 """Fields of a `ModelConfig` that most architectures have at their defaults."""
 
 
@@ -45,10 +49,10 @@ def check_options(config: Any) -> None:
     for name in _FACTORS:
         if not getattr(config, name) > 0:
             raise ModelError(f"{name}={getattr(config, name)} must be above 0.", fix=f"leave {name} out, for 1.")
-    for name in ("attention_scale", "attention_softcap", "attention_pattern"):
-        if config.latent_size and (value := getattr(config, name)):
+    for name in ("attention_scale", "attention_softcap", "attention_pattern", "attention_sinks"):
+        if config.latent_size and (value := getattr(config, name)) not in (0.0, (), "off"):
             raise ModelError(
-                f"{name}={value} with latent_size={config.latent_size}: attention from latents does not have it.",
+                f"{name}={value!r} with latent_size={config.latent_size}: attention from latents does not have it.",
                 fix=f"leave {name} out.",
             )
     if config.mlp == "geglu" and config.num_experts:

@@ -17,7 +17,7 @@ _PATH = re.compile(r"(?:[^\W\d]\w*\.)*[^\W\d]\w*:[^\W\d]\w*")
 _NAME = re.compile(r"[^\W\d]\w*")
 _ROLES = ("tensor", "none")
 
-_OF_ATTENTION = ("attention_pattern", "attention_softcap", "attention_scale")
+_OF_ATTENTION = ("attention_pattern", "attention_softcap", "attention_scale", "attention_sinks")
 
 _EXCLUDED = {
     "block": ("mlp_class", "norm_class", "attention_class", "num_experts", "latent_size", "lora_rank", *_OF_ATTENTION),
@@ -48,7 +48,7 @@ def check_own(config: Any) -> None:
     for name in OWN_CLASSES:
         _check_path(name, getattr(config, name))
         for other in _EXCLUDED[name] if getattr(config, name) else ():
-            if getattr(config, other):
+            if getattr(config, other) not in ("", 0, 0.0, (), "off"):
                 raise ModelError(
                     f"{name}={getattr(config, name)!r} with {other}={getattr(config, other)!r}: the class takes the "
                     "place of what the other is about, or does not have it.",

@@ -6,7 +6,7 @@ from typing import Any
 from ...meshes import ModelError
 
 _OF_TURNS = ("rope_low_frequency_factor", "rope_high_frequency_factor", "rope_original_tokens")
-_OF_YARN = ("rope_attention_factor", "rope_mscale_all")
+_OF_YARN = ("rope_attention_factor", "rope_mscale_all", "rope_truncate")
 _OF_ROPE = ("rope_theta", *_OF_TURNS, *_OF_YARN, "rope_head_size")
 
 

@@ -38,15 +38,20 @@ def _kept_by_turns(config: Any, own_h: np.ndarray) -> np.ndarray:
 
 
 def _kept_by_number(config: Any, own_h: np.ndarray) -> np.ndarray:
-    """Return 1 for pairs before the one with the high factor's turns, 0 behind that with the low one's, and a ramp."""
+    """Return 1 for pairs before the one with the high factor's turns, 0 behind that with the low one's, and a ramp.
+
+    The two are whole numbers of pairs unless `rope_truncate` is "off", as in gpt-oss.
+    """
     size = config.rotated_size
 
     def number(turns: float) -> float:
         ratio = config.rope_original_tokens / (turns * 2 * math.pi)
         return size * math.log(ratio) / (2 * math.log(config.rope_theta))
 
-    first = max(math.floor(number(config.rope_high_frequency_factor)), 0)
-    last: float = min(math.ceil(number(config.rope_low_frequency_factor)), size - 1)
+    first, last = number(config.rope_high_frequency_factor), number(config.rope_low_frequency_factor)
+    if config.rope_truncate == "on":
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, size - 1)
     # As in transformers: a ramp from a pair to itself would divide by 0.
     last += 0.001 if first == last else 0
     return 1 - np.clip((np.arange(len(own_h)) - first) / (last - first), 0, 1)

@@ -3,7 +3,7 @@
 from typing import Literal
 
 from ...layers import ModelConfig, param_counts
-from ...layers.attention.counts import attention_norms, attention_weights
+from ...layers.attention.counts import attention_vectors, attention_weights
 from ...layers.own.check_config import has_own_classes
 from ...layers.own.counts import device_sizes
 from ...schedules import Placement
@@ -25,9 +25,13 @@ def block_params(model: ModelConfig, *, tensor: int, expert: int = 1) -> int:
         return device_sizes(model, {"tensor": tensor, "expert": expert})[1]
     d, (heads, columns) = model.hidden_size, _columns(model, tensor)
     norms = model.num_block_norms * d * (2 if model.norm == "layernorm" and model.bias == "on" else 1)
-    biases = {"off": 0, "qkv": heads, "on": columns + 2 * d}[model.bias]
-    router = model.num_experts * (d + (1 if model.router_bias == "on" else 0))
-    norms += attention_norms(model, tensor=tensor)
+    num_dense = 1 if model.shared_size or not model.num_experts else 0
+    biases = {"off": 0, "qkv": heads, "on": columns + d + num_dense * d}[model.bias]
+    if model.bias == "on" and model.num_experts:
+        num_up = 2 if model.is_gated else 1
+        biases += model.num_experts // expert * (num_up * model.expert_size // tensor + d)
+    router = model.num_experts * (d + (1 if model.router_bias != "off" else 0))
+    norms += attention_vectors(model, tensor=tensor)
     return block_matrices(model, tensor=tensor, expert=expert) + norms + biases + router
 
 

@@ -93,6 +93,12 @@ MODELS: dict[str, dict[str, Any]] = {
     | {
         "rope_parameters": {"full_attention": _LINEAR, "sliding_attention": {"rope_type": "default", "rope_theta": 1e2}}
     },
+    "gpt_oss": {"model_type": "gpt_oss", "num_key_value_heads": 2, "head_dim": 8, "num_hidden_layers": 3}
+    | {"num_local_experts": 8, "num_experts_per_tok": 3, "sliding_window": 5, "dtype": "bfloat16"}
+    | {
+        "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "truncate": False, "beta_fast": 2.0}
+        | {"original_max_position_embeddings": 16}
+    },
     "granite": {"model_type": "granite", "num_key_value_heads": 2, "tie_word_embeddings": True}
     | {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.3, "logits_scaling": 3.0},
 }
@@ -100,9 +106,12 @@ MODELS: dict[str, dict[str, Any]] = {
 
 MESHES = ("data=1", "tensor=2", "tensor=4", "pipe=2", "tensor=2,pipe=2", "data=2,tensor=2")
 EXPERT_MESHES = ("expert=2", "tensor=2,expert=2", "pipe=2,expert=2")
+# With experts that files have one by one.
 EXPERTS = ("mixtral", "qwen3_moe", "deepseek_v2", "deepseek_v2_lite", "deepseek_v3", "dots1", "glm4_moe")
 
-CASES = [(name, mesh) for name in MODELS for mesh in (*MESHES, *(EXPERT_MESHES if name in EXPERTS else ()))]
+CASES = [
+    (name, mesh) for name in MODELS for mesh in (*MESHES, *(EXPERT_MESHES if name in (*EXPERTS, "gpt_oss") else ()))
+]
 """Every model on every mesh that it fits."""
 
 

@@ -68,9 +68,18 @@ MISTAKES: dict[str, dict[str, Any]] = {
     | {"model_type": "gemma3_text", "use_bidirectional_attention": True, "sliding_window_pattern": 0}
     | {"rope_parameters": {"rope_type": "linear", "sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
     "gemma3": LLAMA | {"model_type": "gemma3"},
-    "gpt_oss": LLAMA | {"model_type": "gpt_oss"},
+    "gpt_oss": LLAMA
+    | {
+        "model_type": "gpt_oss",
+        "attention_bias": False,
+        "swiglu_limit": 10.0,
+        "layer_types": ["full_attention", "chunked"],
+    }
+    | {"quantization_config": {"quant_method": "fp8"}, "sliding_window": 0},
+    "gpt_oss_of_few_layers": LLAMA | {"model_type": "gpt_oss", "layer_types": ["full_attention"]},
+    "llama_in_mxfp4": LLAMA | {"quantization_config": {"quant_method": "mxfp4"}},
     "yarn": LLAMA
-    | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "truncate": False, "beta_fast": -1, "mscale": "1"}},
+    | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "truncate": "no", "beta_fast": -1, "mscale": "1"}},
     "yarn_of_few_turns": LLAMA | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "beta_fast": 0.5}},
     "qwen2_moe": LLAMA | {"model_type": "qwen2_moe"},
     "mixtral": MIXTRAL | {"num_local_experts": 0, "num_experts_per_tok": "2", "router_jitter_noise": 0.1},

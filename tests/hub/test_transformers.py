@@ -22,6 +22,7 @@ from ..commands.crafted import add_tokenizer
 from .hf_doubles import DOUBLES, make, tensors_of
 from .hub import CASES, EXPERTS, GOLDEN, MODELS, wrong_by
 from .make_hf_goldens import answer, build, save
+from .quantized import write_quantized
 
 pytest.importorskip("transformers", reason="needs the extra `hf`: torch and transformers")
 pytest.importorskip("torch", reason="needs the extra `hf`: torch and transformers")
@@ -74,6 +75,18 @@ def test_experts_that_transformers_saves_stacked_are_read(name: str, tmp_path: P
     assert wrong_by(tmp_path / "model", "tensor=2,expert=2", answer(tmp_path / "model")) < TOLERANCE
 
 
+def test_experts_in_four_bits_are_those_of_transformers_and_are_exported_in_sixteen(tmp_path: Path) -> None:
+    expected = write_quantized(tmp_path / "model")
+    logits = answer(tmp_path / "model")
+    assert wrong_by(tmp_path / "model", "tensor=2,expert=2", logits) < TOLERANCE
+    assert main(["import-hf", str(tmp_path / "model"), str(tmp_path / "run")]) == 0
+    assert main(["export-hf", str(tmp_path / "run"), str(tmp_path / "back")]) == 0
+    back = tensors_of(tmp_path / "back")
+    assert all(np.array_equal(back[name].view(np.uint16), leaf.view(np.uint16)) for name, leaf in expected.items())
+    assert np.array_equal(answer(tmp_path / "back"), logits)
+    assert "quantization_config" not in json.loads((tmp_path / "back" / "config.json").read_text())
+
+
 @pytest.mark.parametrize("name", [name for name, double in DOUBLES.items() if not double.is_ours])
 def test_source_that_transformers_prefers_is_used(name: str, tmp_path: Path) -> None:
     folder = make(DOUBLES[name], tmp_path / "model", how=DOUBLES[name].twice)
@@ -90,6 +103,7 @@ SCALINGS: dict[str, dict[str, Any]] = {
     "other turns": YARN | {"beta_fast": 16.0, "beta_slow": 2.0, "rope_theta": 1e6},
     "two mscale": YARN | {"mscale": 0.707, "mscale_all_dim": 1.0},
     "attention_factor": YARN | {"attention_factor": 1.3, "mscale": 0.707, "mscale_all_dim": 1.0},
+    "ends between pairs": YARN | {"truncate": False, "rope_theta": 150_000.0, "factor": 32.0},
     "one pair": YARN | {"original_max_position_embeddings": 6},
     "no pair": YARN | {"original_max_position_embeddings": 1},
     "llama3": YARN | {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},

@@ -112,7 +112,12 @@ def attention(config: ModelConfig, params: Params, x: jax.Array) -> jax.Array:
     scores = cap(scores, config.attention_softcap)
     behind = jnp.arange(num_tokens)[:, None] - jnp.arange(num_tokens)[None]
     is_seen = (behind >= 0) & (behind < (config.attention_window or num_tokens))
-    shares = jax.nn.softmax(jnp.where(is_seen[None, None], scores, -jnp.inf), axis=-1)
+    scores = jnp.where(is_seen[None, None], scores, -jnp.inf)
+    if config.attention_sinks == "on":
+        # One key more, whose value is left out.
+        sinks = jnp.broadcast_to(params["sinks"][None, :, None, None], (*scores.shape[:3], 1))
+        scores = jnp.concatenate([scores, sinks], axis=-1)
+    shares = jax.nn.softmax(scores, axis=-1)[..., :num_tokens]
     return linear(params["out"], jnp.einsum("bnts,bsnh->btnh", shares, v).reshape(num_sequences, num_tokens, -1))
 
 
@@ -121,6 +126,9 @@ def mlp(config: ModelConfig, params: Params, x: jax.Array) -> jax.Array:
     if config.mlp == "swiglu":
         gate = linear(params["gate"], x)
         return linear(params["down"], gate / (1 + jnp.exp(-gate)) * up)
+    if config.mlp == "clamped_swiglu":
+        gate, up = jnp.minimum(linear(params["gate"], x), 7.0), jnp.clip(up, -7.0, 7.0)
+        return linear(params["down"], gate / (1 + jnp.exp(-1.702 * gate)) * (up + 1))
     if config.mlp == "geglu":
         return linear(params["down"], jax.nn.gelu(linear(params["gate"], x)) * up)
     # GPT-2's GELU is the approximation by tanh (Hendrycks and Gimpel 2016, section 2).

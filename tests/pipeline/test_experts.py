@@ -77,6 +77,10 @@ def test_experts_equal_one_device(case: Case) -> None:
     "more",
     [
         {"router": "sigmoid", "router_groups": 4, "router_groups_kept": 2, "router_scale": 2.5},
+        pytest.param(
+            {"mlp": "clamped_swiglu", "bias": "on", "router_bias": "trained", "attention_sinks": "on", "capacity": 0.5},
+            marks=pytest.mark.slow,
+        ),
         pytest.param({"router_normalize": "off", "shared": 0}, marks=pytest.mark.slow),
         pytest.param({"mlp": "gelu", "shared": 0}, marks=pytest.mark.slow),
         pytest.param({"experts_per_token": 8, "capacity": 0.5}, marks=pytest.mark.slow),

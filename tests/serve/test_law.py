@@ -39,6 +39,8 @@ YARN |= {"rope_high_frequency_factor": 2.0}
 BY_LAYER: dict[str, Any] = {"attention_pattern": ("window", "full", "unrotated"), "attention_window": 6}
 BY_LAYER |= {"window_rope_theta": 100.0, "attention_softcap": 1.5, "logit_softcap": 8.0, "norm_place": "both"}
 BY_LAYER |= {"embedding_scale": 2.0, "residual_scale": 0.5, "attention_scale": 0.4, "logit_scale": 0.5}
+SINKS: dict[str, Any] = {"attention_sinks": "on", "mlp": "clamped_swiglu", "bias": "on", "router_bias": "trained"}
+SINKS |= {"attention_pattern": ("window", "full"), "attention_window": 6, "shared_size": 0}
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt": ("gpt", {}),
     "llama": ("llama", {}),
@@ -49,6 +51,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "unequal_stages": ("gpt", {"num_layers": 5}),
     "experts": ("experts", {}),
     "experts_in_rounds": ("experts", {}),
+    "sinks": ("experts", SINKS),
     "dense_and_experts": ("dense_and_experts", {}),
     "latents": ("latents", {}),
     "latents_with_window": ("latents", {"query_latent_size": 0, "attention_window": 6, **YARN}),

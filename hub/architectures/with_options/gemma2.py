@@ -10,9 +10,9 @@ from .gemma import (
     list_tensors,
     read_gemma,
     refuse_gemma,
-    refuse_layers,
     write_gemma,
 )
+from .layer_kinds import refuse_short_lists
 
 _CAPS = {"attention_softcap": 50.0, "logit_softcap": 30.0}
 
@@ -29,7 +29,7 @@ GEMMA2 = LlamaFamily(
     read_more=lambda values: read_gemma(values, every=2, caps=_CAPS),
     write_more=write_gemma,
     refuse_more=refuse_gemma,
-    refuse_layers=refuse_layers,
+    refuse_layers=refuse_short_lists,
     find_more_unsupported=find_unsupported,
 )
 """Gemma 2 (Gemma Team, 2024, arXiv:2408.00118)."""

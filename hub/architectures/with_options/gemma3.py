@@ -23,9 +23,9 @@ from .gemma import (
     list_tensors,
     read_gemma,
     refuse_gemma,
-    refuse_layers,
     write_gemma,
 )
+from .layer_kinds import refuse_short_lists
 
 _LOCAL, _LOCAL_THETA, _EVERY = "rope_local_base_freq", 1e4, 6
 _NO_CAPS = {"attention_softcap": 0.0, "logit_softcap": 0.0}
@@ -99,7 +99,7 @@ GEMMA3 = LlamaFamily(
     read_more=_read,
     write_more=_write,
     refuse_more=_refuse,
-    refuse_layers=refuse_layers,
+    refuse_layers=refuse_short_lists,
     find_more_unsupported=_find_unsupported,
 )
 """Gemma 3 without its vision, and all sizes of text alone (Gemma Team, 2025, arXiv:2503.19786)."""

@@ -9,5 +9,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "windows": {"attention_pattern": ("window", "full"), "attention_window": 5, "window_rope_theta": 100.0}
     | {"rope_scaling": "linear", "rope_factor": 4.0, "attention_softcap": 1.5, "logit_softcap": 2.0},
     "gemma": {"norm_place": "both", "qk_norm": "on", "norm": "rmsnorm1p", "mlp": "geglu"},
+    "sinks": {"attention_sinks": "on", "mlp": "clamped_swiglu", "bias": "on"}
+    | {"attention_pattern": ("window", "full"), "attention_window": 5},
     "norm1p of all heads": {"qk_norm": "whole", "norm": "rmsnorm1p"},
 }
