@@ -15,13 +15,14 @@ from ..layers import ModelConfig
 from ..meshes import ConfigError, MeshSpec, ServeError
 from ..meshes.errors import shown
 from ..meshes.files.regular_file import read_bounded
-from ..serve import Engine, Request, ServedSequence, check_request
+from ..serve import Constraint, Engine, Request, ServedSequence, check_request
+from ..serve.constraints.grammars import Grammars
 from ..serve.state import MAX_STOPS
 from .arguments.generate import no_prompt
 from .engine import apply_dtype, check_served, describe_engine, load_params, open_guesser, open_mesh, open_served
 
 _DEFAULT_SLOTS = 8
-_MAX_PROMPTS_BYTES = 1 << 28
+_MAX_PROMPTS_BYTES, _MAX_SCHEMA_BYTES = 1 << 28, 1 << 20
 _SEPARATOR = "\n---\n"
 """Printed between answers, which may contain blank lines."""
 
@@ -43,6 +44,7 @@ def run_generate(args: argparse.Namespace) -> int:
     check_served(config, spec, sizes)
     for request in requests:
         check_request(request, config, max_tokens=sizes["max_tokens"], max_stops=sizes["max_stops"])
+    _check_constraint(requests[0], config, source.tokenizer)
     guesser, mesh = open_guesser(args, config, spec, sizes), open_mesh(spec)
     start_s = time.perf_counter()
     printer = _Printer(source.tokenizer, prompts, requests, sys.stdout) if not args.json else None
@@ -53,6 +55,7 @@ def run_generate(args: argparse.Namespace) -> int:
         axes=spec.roles,
         on_token=printer.add if printer else None,
         speculation=guesser.load(spec, mesh) if guesser else None,
+        tokenizer=source.tokenizer,
         **sizes,
     )
     print(describe_engine(engine, spec, time.perf_counter() - start_s), file=sys.stderr)
@@ -101,6 +104,7 @@ def _is_text(word: str) -> bool:
 def _make_requests(prompts: list[str], args: argparse.Namespace, source: ModelSource) -> list[Request]:
     stops = [_stop_token(text, source.tokenizer) for text in args.stop]
     stops += [one for one in source.end_ids if one not in stops]
+    constraint = _read_constraint(args)
     return [
         Request(
             # As in transformers, an empty prompt becomes the first token of a text.
@@ -117,9 +121,30 @@ def _make_requests(prompts: list[str], args: argparse.Namespace, source: ModelSo
             logprobs=args.logprobs,
             seed=args.seed + index,
             stop=tuple(stops),
+            constraint=constraint,
         )
         for index, prompt in enumerate(prompts)
     ]
+
+
+def _read_constraint(args: argparse.Namespace) -> Constraint | None:
+    if args.regex is not None:
+        if not _is_text(args.regex):
+            raise ServeError(f"--regex {shown(args.regex)} is not UTF-8 text.", fix="convert it, or check the locale.")
+        return Constraint.regex(args.regex)
+    if args.json_schema is None:
+        return None
+    try:
+        text = read_bounded(args.json_schema, max_bytes=_MAX_SCHEMA_BYTES, error=ConfigError).decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{args.json_schema} cannot be read: {error}.", fix="name a JSON file.") from None
+    return Constraint.json_schema(text)
+
+
+def _check_constraint(request: Request, config: ModelConfig, tokenizer: Tokenizer) -> None:
+    """Compile the constraint that all requests share, before weights are read."""
+    if request.constraint is not None:
+        Grammars(tokenizer, vocab_size=config.vocab_size).matcher(request.constraint)
 
 
 def _stop_token(text: str, tokenizer: Tokenizer) -> int:

@@ -18,7 +18,7 @@ from ..meshes.processes.join import join_processes
 from ..meshes.processes.launchers import find_processes
 from ..train.processes.abort_handler import handle_aborts
 from ..train.processes.run_settings import collect_run_settings
-from ..train.processes.watchdog import ProcessWatchdog
+from ..train.processes.watchdog import SAVED_STAYS, ProcessWatchdog
 from ..train.run_folder import Start
 from .arguments.processes import START_S
 from .standard_streams import guarded_stdout
@@ -56,6 +56,7 @@ def join_others(
     silence_s: int,
     facts: Callable[[], Facts],
     before_end: Callable[[str], None] = lambda _: None,
+    parting: str = SAVED_STAYS,
 ) -> Iterator[Joined]:
     """Join the other processes that the arguments name, if there are any, and watch them inside the context.
 
@@ -63,6 +64,7 @@ def join_others(
         silence_s: seconds without a heartbeat after which a process counts as lost.
         facts: returns what must be the same in all processes.
         before_end: called with the reason before the watch ends this process.
+        parting: what the watch says last when it ends this process.
 
     Raises:
         MeshError, RunError, LostProcessError: as `join_run`.
@@ -76,7 +78,7 @@ def join_others(
     if processes is None:
         yield Joined(stdout=sys.stdout)
         return
-    watch = ProcessWatchdog(processes, silence_s=silence_s, before_end=before_end)
+    watch = ProcessWatchdog(processes, silence_s=silence_s, before_end=before_end, parting=parting)
     with _quiet_stdout() as stdout, handle_aborts(watch.explain_abort):
         join_processes(processes, silence_s=silence_s + _MARGIN_S, start_s=start_s, facts=facts())
         with watch:

@@ -1,6 +1,8 @@
 """`trellax serve`: answer HTTP requests with a trained model, by the API of OpenAI."""
 
 import argparse
+import contextlib
+import importlib.metadata
 import json
 import os
 import sys
@@ -22,7 +24,7 @@ from ..serve.http.service import Limits, Service
 from ..serve.processes.channel import StepSender, receive_steps
 from ..serve.processes.follow import follow, ignore_signals
 from ..serve.state import MAX_STOPS
-from ..train.processes.run_settings import collect_program_settings, sample_folder
+from ..train.processes.run_settings import collect_program_settings, sample_model
 from .engine import (
     Guesser,
     apply_dtype,
@@ -52,7 +54,6 @@ _SHARED_ARGUMENTS = (
     "weights",
     "cache_dtype",
     "ema",
-    "speculate",
     "speculate_tokens",
     "silence",
 )
@@ -74,7 +75,8 @@ def run_serve(args: argparse.Namespace) -> int:
             engine.fail(why)
 
     facts = partial(collect_serve_settings, args)
-    with join_others(args, silence_s=args.silence, facts=facts, before_end=tell_clients) as joined:
+    watched: dict[str, Any] = {"before_end": tell_clients, "parting": "start the server again"}
+    with join_others(args, silence_s=args.silence, facts=facts, **watched) as joined:
         spec, source = open_served(args)
         source = replace(source, config=apply_dtype(source.config, args))
         sizes = _engine_sizes(args, source.config, spec, num_stops=len(source.end_ids))
@@ -84,7 +86,11 @@ def run_serve(args: argparse.Namespace) -> int:
         if not is_first():
             # Process 0 ends the others when it has ended what its clients wait for.
             with ignore_signals():
-                follow(make_engine(), receive_steps())
+                engine = make_engine()
+                # Else the others would wait for this at the first request with a constraint.
+                with contextlib.suppress(ServeError):
+                    engine.constraints.open()
+                follow(engine, receive_steps())
             return 0
         _serve_clients(args, source, make_engine, joined=joined, served=served)
     print("stopped", file=sys.stderr)
@@ -123,7 +129,22 @@ def _serve_clients(
 def collect_serve_settings(args: argparse.Namespace) -> dict[str, str]:
     """Return the settings that all processes of a server must share, by name."""
     own = {f"--{name.replace('_', '-')}": str(vars(args)[name]) for name in _SHARED_ARGUMENTS}
-    return {**own, **collect_program_settings(), "model": sample_folder(args.folder)}
+    drafts = args.speculate not in (None, "lookup")
+    return {
+        **own,
+        **collect_program_settings(),
+        "--speculate": "a draft model" if drafts else str(args.speculate),
+        "llguidance": _version("llguidance"),
+        "model": sample_model(args.folder),
+        "draft model": sample_model(args.speculate) if drafts else "",
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
 
 
 def _make_engine(
@@ -132,7 +153,8 @@ def _make_engine(
     mesh, start_s = open_mesh(spec), time.perf_counter()
     params = load_params(source, spec, args, mesh=mesh)
     speculation = guesser.load(spec, mesh) if guesser else None
-    engine = Engine(source.config, params, mesh=mesh, axes=spec.roles, speculation=speculation, **sizes)
+    own: dict[str, Any] = {"axes": spec.roles, "speculation": speculation, "tokenizer": source.tokenizer, **sizes}
+    engine = Engine(source.config, params, mesh=mesh, **own)
     if is_first():
         print(describe_engine(engine, spec, time.perf_counter() - start_s), file=sys.stderr)
     return engine

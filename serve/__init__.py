@@ -7,6 +7,7 @@ from ..meshes.lazy import make_lazy
 if TYPE_CHECKING:
     from .async_engine import AsyncEngine, TokenStream
     from .check import check_model, check_request
+    from .constraints.constraint import Constraint
     from .engine import Engine
     from .load import load_for_serving, quantize_params
     from .params import param_shapes
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AsyncEngine",
     "Completion",
+    "Constraint",
     "Engine",
     "FinishReason",
     "Request",

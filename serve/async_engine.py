@@ -13,15 +13,22 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Self
 
 from ..meshes import ServeError
 from ..meshes.arguments import check_count
+from .constraints.constraint import Constraint
 from .engine import Engine
 from .processes.channel import StepSender
 from .processes.events import Event
 from .requests import FinishReason, Request, ServedSequence, TokenLogprobs
+
+COMPILE_S = 2.0
+"""Most seconds in which the constraint of a request must compile."""
+
+_COMPILING_THREADS = 2
 
 
 class EngineStoppedError(ServeError):
@@ -124,7 +131,7 @@ class _Progress:
             num_guessed=own.num_guessed,
             num_accepted=own.num_accepted,
             reason=own.finish_reason,
-            error=problem if own.finish_reason == "error" else None,
+            error=own.error or problem if own.finish_reason == "error" else None,
         )
 
 
@@ -161,6 +168,7 @@ class AsyncEngine:
         self._has_work = threading.Condition()
         self._is_closing = False
         self._progress: dict[TokenStream, _Progress] = {}
+        self._compiling = ThreadPoolExecutor(_COMPILING_THREADS, thread_name_prefix="constraints")
 
     async def __aenter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
@@ -175,6 +183,7 @@ class AsyncEngine:
         with self._has_work:
             self._is_closing = True
             self._has_work.notify()
+        self._compiling.shutdown(wait=False, cancel_futures=True)
         await asyncio.to_thread(self._thread.join)
 
     @property
@@ -207,6 +216,22 @@ class AsyncEngine:
         self._idle.clear()
         self._post("submit", stream)
         return stream
+
+    async def compile(self, constraint: Constraint) -> None:
+        """Compile a constraint on a thread, so that no answer waits; `submit` would compile it at once.
+
+        Raises:
+            ServeError: it does not compile, or not within `COMPILE_S`.
+        """
+        run = self._loop.run_in_executor
+        # Once, and as long as it takes: the texts of all tokens.
+        await run(self._compiling, self.engine.constraints.open)
+        try:
+            await asyncio.wait_for(run(self._compiling, self.engine.constraints.compile, constraint), COMPILE_S)
+        except TimeoutError:
+            raise ServeError(
+                f"the form of the answer did not compile within {COMPILE_S:g} s.", fix="give a simpler one."
+            ) from None
 
     async def drain(self) -> None:
         """Wait until every request has ended."""

@@ -60,7 +60,8 @@ def compile_programs(
     prefills = decodes = Stage(of_group, mesh, **own)
     if of_chunk != of_group:
         prefills = Stage(of_chunk, mesh, **own)
-    slots, chunks = input_shapes(sizes, mesh=mesh, rules=rules), chunk_shapes(sizes, mesh=mesh, rules=rules)
+    slots = input_shapes(sizes, vocab_size=config.vocab_size, mesh=mesh, rules=rules)
+    chunks = chunk_shapes(sizes, mesh=mesh, rules=rules)
     pipe, data = on_mesh(rules.spec(("stage", "batch")), mesh)
     number = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, P()))
 

@@ -96,6 +96,7 @@ class _DecodeLoop:
                 x,
                 slots.settings,
                 read_seen=lambda: rows_of(state.seen[0], row, size),
+                read_allowed=lambda: rows_of(self.slots.allowed, row, size),
                 position_B=starts_B + 1,
             )
             message_B = jnp.where(choice.reason > 0, _LAST, choice.token)

@@ -17,20 +17,22 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
+from ..hub.text_stream import Tokenizer
 from ..layers import ModelConfig, bytes_per_device
 from ..layers.attention.cache import CacheDtype
-from ..meshes import MeshAxes, mesh_sizes
+from ..meshes import MeshAxes, ShardingRules, mesh_sizes
 from ..meshes.axes import DEFAULT_AXES
 from .check import check_model, check_request, check_values
 from .chunks import pack_chunks
 from .compiled_programs import compile_programs
+from .constraints.masks import Constraints
 from .decode import ticks_of_round
 from .params import stage_params, stage_shapes, weights_of
 from .processes.place import gather
 from .requests import Request, RequestScheduler, ServedSequence
 from .results import Completion, Place, Usage, complete, not_finite, on_host, record_tokens
 from .sampling.choose import NOTHING, Choice
-from .slots import empty_inputs, prompt_parts, write_inputs
+from .slots import empty_inputs, input_shapes, prompt_parts, write_inputs
 from .speculation.speculate import Speculation, Speculator
 from .stacks import LayerLoop
 from .state import MAX_STOPS, PAGE, Fill, Sizes, empty_state, state_shapes
@@ -66,6 +68,7 @@ class Engine:
         on_token: a callback for every new token.
         fill: "nan" fills the unused cache with NaN, to prove that it does not affect answers.
         speculation: how to guess tokens, so that a step may decode several of a sequence; the answers are the same.
+        tokenizer: that of the model, for requests with a constraint.
 
     Raises:
         TrellaxError: model, mesh and sizes are incompatible; nothing was allocated.
@@ -92,10 +95,11 @@ class Engine:
         on_token: OnToken | None = None,
         fill: Fill = "zeros",
         speculation: Speculation | None = None,
+        tokenizer: Tokenizer | None = None,
     ) -> None:
         check_values(cache_dtype, layers, fill, chunks_per_step, max_stops)
         self.config, self.mesh, self.spec, self.on_token = config, mesh, mesh_sizes(mesh, axes=axes), on_token
-        self.sizes = sizes = Sizes(
+        self.sizes = Sizes(
             slots=slots,
             max_tokens=config.max_tokens if max_tokens is None else max_tokens,
             groups=self.spec.pipe if groups is None else groups,
@@ -107,13 +111,13 @@ class Engine:
             page=page,
             cache_tokens=cache_tokens,
         )
-        check_model(config, mesh.shape, max_tokens=sizes.max_tokens, axes=self.axes)
         self.layers: LayerLoop = layers or ("loop" if mesh.devices.flat[0].platform == "cpu" else "unrolled")
         self.cache_dtype: CacheDtype = cache_dtype or config.dtype
-        self._begin(params, fill=fill, speculation=speculation)
+        self._begin(params, fill=fill, speculation=speculation, tokenizer=tokenizer)
 
-    def _begin(self, params: Any, *, fill: Fill, speculation: Speculation | None) -> None:
-        """Compile, take the parameters, and allocate a state in which no slot is in use."""
+    def _begin(self, params: Any, *, fill: Fill, speculation: Speculation | None, tokenizer: Tokenizer | None) -> None:
+        """Check the model, compile, take the parameters, and allocate a state in which no slot is in use."""
+        check_model(self.config, self.mesh.shape, max_tokens=self.sizes.max_tokens, axes=self.axes)
         own: dict[str, Any] = {"mesh": self.mesh, "layers": self.layers, "axes": self.axes}
         self.shapes = state_shapes(self.config, self.sizes, cache_dtype=self.cache_dtype, **own)
         own["weights"] = self.weights = weights_of(params)
@@ -124,6 +128,9 @@ class Engine:
         self.scheduler = _make_scheduler(self.sizes)
         self._params = stage_params(params, config=self.config, **own)
         self._state, self._slots = empty_state(self.shapes, fill=fill), empty_inputs(self.sizes)
+        rules, vocab_size = ShardingRules.of(self.axes), self.config.vocab_size
+        inputs = input_shapes(self.sizes, vocab_size=vocab_size, mesh=self.mesh, rules=rules)
+        self.constraints = Constraints(tokenizer, vocab_size=vocab_size, shape=inputs.allowed)
         self._decode_ticks = self._prefill_ticks = self._read_tokens = self._shared_tokens = 0
 
     @property
@@ -199,21 +206,26 @@ class Engine:
         """
         if sequence.finish_reason is None:
             self.scheduler.cancel(sequence)
-            if sequence.slot is not None:
-                # Devices that decode it end it at its next token, also one that is between two stages.
-                self._slots.settings.limit[sequence.slot] = 0
+            self._end_on_devices(sequence)
+
+    def _end_on_devices(self, sequence: ServedSequence) -> None:
+        """Let devices that decode a sequence end it at its next token, also one that is between two stages."""
+        if sequence.slot is not None:
+            self._slots.settings.limit[sequence.slot] = 0
 
     def step(self) -> list[ServedSequence]:
         """Admit requests, read chunks of prompts, decode tokens, and return the sequences that ended.
 
         Raises:
-            ServeError: the logits of a sequence are not finite; it ended with "error", and the others can continue.
+            ServeError: the logits of a sequence are not finite, or its constraint takes too much work; it ended with
+                "error", and the others can continue.
         """
         # Before prefill, which chooses the first token by these settings.
         for sequence in self.scheduler.admit():
             write_inputs(self._slots, sequence, vocab_size=self.config.vocab_size)
             if sequence.request.has_penalty:
                 self._count_prompt(sequence)
+            self.constraints.begin(sequence)
         ended = self._read_prompts()
         return ended + self._decode()
 
@@ -221,9 +233,12 @@ class Engine:
         """Raise unless a request fits the engine.
 
         Raises:
-            ServeError: it does not fit the cache or the vocabulary, or has too many stop tokens.
+            ServeError: it does not fit the cache or the vocabulary, has too many stop tokens, or has a constraint that
+                does not compile.
         """
         check_request(request, self.config, max_tokens=self.sizes.max_tokens, max_stops=self.sizes.stops)
+        if request.constraint is not None:
+            self.constraints.check(request.constraint, stop=request.stop)
 
     def _count_prompt(self, sequence: ServedSequence) -> None:
         """Let the devices count the tokens of a prompt, also of a beginning that they will not read again."""
@@ -236,7 +251,7 @@ class Engine:
         num_chunks = max(map(len, chunks))
         if not num_chunks:
             return []
-        given = self._slots, pack_chunks(self.sizes, chunks), np.int32(num_chunks)
+        given = self.constraints.place(self._slots), pack_chunks(self.sizes, chunks), np.int32(num_chunks)
         self._state, chosen = self.programs.prefill(self._params, self._state, *given)
         if self._speculator is not None:
             self._speculator.read(*given)
@@ -258,14 +273,17 @@ class Engine:
         decoding = {s.slot: s for s in self.scheduler.decoding if s.slot is not None}
         if not decoding:
             return []
+        slots = self.constraints.place(self._slots)
         if self._speculator is not None:
-            run = self._params, self._state, self._slots, decoding
+            run = self._params, self._state, slots, decoding
             self._state, host, accepted = self._speculator.run(*run)
             self._decode_ticks += self._speculator.num_ticks
             return self._record(accepted, host)
         longest = max(self._num_left(sequence) for sequence in decoding.values())
-        num_rounds = min(self.sizes.rounds, longest)
-        self._state, chosen = self.programs.decode(self._params, self._state, self._slots, np.int32(num_rounds))
+        # In one round a slot gets one token at most, also with stages.
+        most = 1 if self.constraints.has_any(decoding.values()) else self.sizes.rounds
+        num_rounds = min(most, longest)
+        self._state, chosen = self.programs.decode(self._params, self._state, slots, np.int32(num_rounds))
         self._decode_ticks += num_rounds * ticks_of_round(self.sizes, self.spec.pipe)
         host = on_host(chosen)
         turns, slots = np.nonzero(host.token[:num_rounds] != NOTHING)
@@ -279,11 +297,15 @@ class Engine:
     def _record(self, places: Iterable[tuple[ServedSequence, Place]], chosen: Choice) -> list[ServedSequence]:
         """Add chosen tokens to their sequences, call `on_token`, and return the sequences that ended."""
         added, ended = record_tokens(self.scheduler, places, chosen)
+        for sequence in self.constraints.advance(added):
+            if sequence not in ended:
+                self._end_on_devices(sequence)
+                ended.append(sequence)
         # Only after all tokens are stored: the devices have moved on, and a callback may raise.
         self._tell(added)
         for sequence in ended:
             if sequence.finish_reason == "error":
-                raise not_finite(sequence)
+                raise sequence.error or not_finite(sequence)
         return ended
 
     def _tell(self, added: list[ServedSequence]) -> None:

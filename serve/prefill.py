@@ -76,6 +76,7 @@ def _work(carry: Any, *, stage: Stage, params: Any, slots: SlotInputs, chunk: Ch
             x_11D,
             own.settings,
             read_seen=lambda: rows_of(state.seen[0], chunk.slot, 1),
+            read_allowed=lambda: rows_of(slots.allowed, chunk.slot, 1),
             position_B=(chunk.start + chunk.count)[None],
         )
         return jax.tree.map(lambda all_, one: jax.lax.dynamic_update_slice_in_dim(all_, one, item, 0), chosen, choice)

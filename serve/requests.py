@@ -15,10 +15,12 @@ from typing import Any, Literal
 from ..meshes import ServeError
 from ..meshes.arguments import check_count, check_number
 from ..meshes.errors import shown
+from .constraints.constraint import Constraint
 from .pages import PagePool
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
-"""Why a sequence ended: a stop token, its limit of tokens, `Engine.cancel`, or logits that are not finite."""
+"""Why a sequence ended: a stop token or a complete constraint, its limit of tokens, `Engine.cancel`, or logits that are
+not finite."""
 
 MOST_BIASES = 300
 """The most tokens of a request that have a bias; OpenAI's API takes as many."""
@@ -51,6 +53,7 @@ class Request:
             those of the answer alone, None for none.
         seed: seed of the draws; it gives the same tokens on any mesh and beside any other requests.
         stop: token ids that end the answer and are not part of it.
+        constraint: the form that the answer must have; the engine needs a tokenizer then.
 
     Raises:
         ServeError: the prompt is empty, a token is not a whole number, or a number is out of its range.
@@ -69,6 +72,7 @@ class Request:
     logprobs: int | None = None
     seed: int = 0
     stop: tuple[int, ...] = ()
+    constraint: Constraint | None = None
 
     def __post_init__(self) -> None:
         for name in ("prompt", "stop"):
@@ -157,6 +161,7 @@ class ServedSequence:
         logprobs: one entry for each token of the answer, if the request wants them.
         num_read, num_shared: tokens of the prompt that are in the cache, and those that other sequences have read.
         num_guessed, num_accepted: tokens of the answer that speculation guessed, and those that were right.
+        error: why it ended with "error", if its constraint did that.
     """
 
     id: int
@@ -170,6 +175,7 @@ class ServedSequence:
     finish_reason: FinishReason | None = None
     num_guessed: int = 0
     num_accepted: int = 0
+    error: ServeError | None = None
 
     @property
     def is_read(self) -> bool:

@@ -77,9 +77,10 @@ def record_tokens(
     added, ended = [], []
     for sequence, place in places:
         reason = int(chosen.reason[place])
-        if sequence.finish_reason == "cancelled":
+        # Cancelled, or ended by its constraint: the devices end it later.
+        if sequence.finish_reason is not None:
             if reason:
-                scheduler.finish(sequence, "cancelled")
+                scheduler.finish(sequence, sequence.finish_reason)
             continue
         # A stop token is not part of the answer; the last token within the limit is.
         if _REASONS.get(reason) not in ("stop", "error"):

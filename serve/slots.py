@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from ..meshes import DEFAULT_RULES, ShardingRules
 from .requests import MOST_BIASES, ServedSequence
+from .sampling.allowed import num_words
 from .sampling.penalties import PromptPart
 from .sampling.settings import SamplingSettings
 from .state import Sizes
@@ -24,14 +25,16 @@ from .state import Sizes
 class SlotInputs:
     """What the host tells the devices about each slot with every call: its settings, and its pages [B@data, pages].
 
-    Pages are numbered from 0 on each data shard; entries that are not in use are any page.
+    Pages are numbered from 0 on each data shard; entries that are not in use are any page. `allowed`, [B@data, W], has
+    a bit for each token that a constrained slot may choose, token t as bit t % 32 of word t // 32.
     """
 
     settings: SamplingSettings
     pages: Any
+    allowed: Any
 
 
-def input_shapes(sizes: Sizes, *, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> SlotInputs:
+def input_shapes(sizes: Sizes, *, vocab_size: int, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> SlotInputs:
     """Return shapes and shardings of the inputs of all slots, which are the same on all ranks."""
 
     def leaf(dtype: Any, *inner: int) -> jax.ShapeDtypeStruct:
@@ -48,15 +51,20 @@ def input_shapes(sizes: Sizes, *, mesh: Mesh, rules: ShardingRules = DEFAULT_RUL
         bias_tokens=leaf(jnp.int32, MOST_BIASES),
         biases=leaf(jnp.float32, MOST_BIASES),
         num_logprobs=leaf(jnp.int32),
+        is_constrained=leaf(jnp.bool_),
         seed=leaf(jnp.uint32),
         limit=leaf(jnp.int32),
         stops=leaf(jnp.int32, sizes.stops),
     )
-    return SlotInputs(settings=settings, pages=leaf(jnp.int32, sizes.pages_per_row))
+    allowed = leaf(jnp.uint32, num_words(vocab_size))
+    return SlotInputs(settings=settings, pages=leaf(jnp.int32, sizes.pages_per_row), allowed=allowed)
 
 
 def empty_inputs(sizes: Sizes) -> SlotInputs:
-    """Return inputs of unused slots, on the host: a request overwrites its row, and each call sends them all."""
+    """Return inputs of unused slots, on the host: a request overwrites its row, and each call sends them all.
+
+    `allowed` is missing: `constraints/masks.py` adds it to those of a call.
+    """
     slots = sizes.slots
     settings = SamplingSettings(
         temperature=np.zeros(slots, np.float32),
@@ -69,11 +77,12 @@ def empty_inputs(sizes: Sizes) -> SlotInputs:
         bias_tokens=np.full((slots, MOST_BIASES), -1, np.int32),
         biases=np.zeros((slots, MOST_BIASES), np.float32),
         num_logprobs=np.full(slots, -1, np.int32),
+        is_constrained=np.zeros(slots, np.bool_),
         seed=np.zeros(slots, np.uint32),
         limit=np.zeros(slots, np.int32),
         stops=np.full((slots, sizes.stops), -1, np.int32),
     )
-    return SlotInputs(settings=settings, pages=np.zeros((slots, sizes.pages_per_row), np.int32))
+    return SlotInputs(settings=settings, pages=np.zeros((slots, sizes.pages_per_row), np.int32), allowed=None)
 
 
 def write_inputs(slots: SlotInputs, sequence: ServedSequence, *, vocab_size: int) -> None:

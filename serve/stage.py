@@ -129,16 +129,24 @@ class Stage:
         settings: SamplingSettings,
         *,
         read_seen: Callable[[], jax.Array],
+        read_allowed: Callable[[], jax.Array],
         position_B: jax.Array,
     ) -> Choice:
         """Choose the next tokens: x[b, 1, D] of the last tokens -> tokens[b] for positions `position_B`.
 
         Args:
-            read_seen: as of `sampling.choose`.
+            read_seen, read_allowed: as of `sampling.choose`.
         """
         head: Head = nnx.merge(self._graphs["head"], params["head"])
         logits_B1V = head(x_B1D, embedding_VD=params["embed"]["table"])
-        choice = choose(logits_B1V[:, 0], settings, read_seen=read_seen, position_B=position_B, axes=self.vocab_axes)
+        choice = choose(
+            logits_B1V[:, 0],
+            settings,
+            read_seen=read_seen,
+            read_allowed=read_allowed,
+            position_B=position_B,
+            axes=self.vocab_axes,
+        )
         return jax.tree.map(self.vary, choice)
 
     def pass_on(self, x: jax.Array, *, shape: Literal["line", "ring"]) -> jax.Array:

@@ -66,6 +66,10 @@ def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     )
     _add_penalty_arguments(parser)
     parser.add_argument(
+        "--json-schema", type=parse_path, metavar="FILE", help="answer in JSON that keeps to the schema in a file"
+    )
+    parser.add_argument("--regex", metavar="PATTERN", help="answer with a text that matches a regular expression")
+    parser.add_argument(
         "--seed",
         type=parse_whole,
         default=0,
@@ -116,11 +120,13 @@ def check_generate_arguments(args: argparse.Namespace) -> None:
     """Check that there is a prompt and that the folder exists, before jax is imported.
 
     Raises:
-        ServeError: no prompt is given.
+        ServeError: no prompt is given, or two forms of the answer.
         CheckpointError: the folder does not exist or is not a folder.
     """
     if not (args.prompt or args.prompts_file):
         raise no_prompt()
+    if args.json_schema is not None and args.regex is not None:
+        raise ServeError("--json-schema and --regex both say what an answer looks like.", fix="give one of them.")
     check_model_folder(args.folder)
 
 

@@ -2,7 +2,7 @@
 
 A field of that API which would change the answer, and which the server does not have, is refused unless it has its
 default; a field that changes no answer is ignored; any other field is a mistake. `top_k`, `min_p` and
-`repetition_penalty` are additions, by vLLM's names.
+`repetition_penalty` are additions, by vLLM's names. `formats.py` has the fields of constraints.
 """
 
 from abc import abstractmethod
@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 from ...meshes.errors import shown
 from ..requests import MOST_LOGPROBS
 from .errors import HttpError
+from .formats import FormFields
 
 MAX_STOPS = 16
 """Most stop strings of a request; OpenAI takes 4."""
@@ -32,7 +33,6 @@ _DEFAULTS: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "prediction": (),
     "reasoning_effort": (),
-    "response_format": ({"type": "text"},),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
@@ -62,7 +62,7 @@ class StreamOptions(_Strict):
     include_obfuscation: bool | None = False
 
 
-class AnswerSettings(_Strict):
+class AnswerSettings(FormFields):
     """Fields of both kinds of requests; null stands for a default."""
 
     model: str

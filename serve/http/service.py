@@ -5,6 +5,7 @@ import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from ...hub.chat.template import ChatTemplate
 from ...hub.model_folder import ModelSource
@@ -12,6 +13,7 @@ from ...meshes import ServeError, TrellaxError
 from ...meshes.arguments import check_count
 from ...meshes.errors import shown
 from ..async_engine import AsyncEngine
+from ..constraints.constraint import Constraint
 from ..requests import Request
 from .answers import Choice, Job
 from .errors import HttpError
@@ -82,8 +84,10 @@ class Service:
         self._check(body, num_prompts=len(body.prompts))
         if not body.prompts:
             raise HttpError("there is no prompt.", fix="send a text, or a list with one.", param="prompt")
+        constraint = await self._compile(body)
         prompts = await asyncio.to_thread(lambda: [self._encode_prompt(prompt) for prompt in body.prompts])
-        return self._begin("text", body, prompts, max_tokens=body.max_tokens or _COMPLETION_TOKENS)
+        max_tokens = body.max_tokens or _COMPLETION_TOKENS
+        return self._begin("text", body, prompts, max_tokens=max_tokens, constraint=constraint)
 
     async def chat(self, body: ChatRequest) -> Job:
         """Begin the answers to a chat.
@@ -98,10 +102,23 @@ class Service:
                 fix="start the server with --chat-template FILE, or use /v1/completions.",
                 code="no_chat_template",
             )
+        constraint = await self._compile(body)
         prompt = await asyncio.to_thread(self._encode_chat, self.template, body)
         room = self.engine.engine.sizes.max_tokens - len(prompt)
         max_tokens = body.max_completion_tokens or body.max_tokens or max(room, 1)
-        return self._begin("chat", body, [prompt], max_tokens=max_tokens)
+        return self._begin("chat", body, [prompt], max_tokens=max_tokens, constraint=constraint)
+
+    async def _compile(self, body: AnswerSettings) -> Constraint | None:
+        """Return the form that the answer must have, compiled."""
+        found = body.constraint()
+        if found is None:
+            return None
+        constraint, param = found
+        try:
+            await self.engine.compile(constraint)
+        except ServeError as error:
+            raise HttpError(error.problem, fix=error.fix, param=param) from None
+        return constraint
 
     def _check(self, body: AnswerSettings, *, num_prompts: int = 1) -> None:
         if body.model != self.name:
@@ -140,9 +157,18 @@ class Service:
         except TrellaxError as error:
             raise HttpError(error.problem, fix=error.fix, param=param) from None
 
-    def _begin(self, kind: str, body: AnswerSettings, prompts: Sequence[tuple[int, ...]], *, max_tokens: int) -> Job:
+    def _begin(
+        self,
+        kind: str,
+        body: AnswerSettings,
+        prompts: Sequence[tuple[int, ...]],
+        *,
+        max_tokens: int,
+        constraint: Constraint | None,
+    ) -> Job:
         """Submit a request for each choice, or none of them."""
-        requests = [one for prompt in prompts for one in self._requests(body, prompt, kind=kind, max_tokens=max_tokens)]
+        own: dict[str, Any] = {"kind": kind, "max_tokens": max_tokens, "constraint": constraint}
+        requests = [one for prompt in prompts for one in self._requests(body, prompt, **own)]
         self._check_room(len(requests))
         choices = [
             Choice(
@@ -163,7 +189,15 @@ class Service:
             prompt_lengths=lengths,
         )
 
-    def _requests(self, body: AnswerSettings, prompt: tuple[int, ...], *, kind: str, max_tokens: int) -> list[Request]:
+    def _requests(
+        self,
+        body: AnswerSettings,
+        prompt: tuple[int, ...],
+        *,
+        kind: str,
+        max_tokens: int,
+        constraint: Constraint | None,
+    ) -> list[Request]:
         """Return the n requests for one prompt, which the engine has checked, with seeds one after another."""
         param = "messages" if kind == "chat" else "prompt"
         self._check_length(prompt, max_tokens, param=param)
@@ -175,6 +209,7 @@ class Service:
                 **body.choosing,
                 seed=seed % 2**32,
                 stop=self.source.end_ids,
+                constraint=constraint,
             )
             self.engine.engine.check(first)
         except ServeError as error:

@@ -6,7 +6,9 @@ The engine of every process starts alike and steps alike, so requests get the sa
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import Any
 
+from ..constraints.constraint import Constraint
 from ..requests import Request
 
 Event = Request | int
@@ -20,4 +22,9 @@ def write_events(events: Sequence[Event]) -> str:
 
 def read_events(text: str) -> list[Event]:
     """Return the events of `write_events`."""
-    return [event if isinstance(event, int) else Request(**event) for event in json.loads(text)]
+    return [event if isinstance(event, int) else _read_request(event) for event in json.loads(text)]
+
+
+def _read_request(fields: dict[str, Any]) -> Request:
+    constraint = fields.pop("constraint")
+    return Request(**fields, constraint=None if constraint is None else Constraint(**constraint))

@@ -1,6 +1,7 @@
 """Choose tokens from logits with a split vocabulary: greedy, or drawn with temperature, min-p, top-k and top-p.
 
-Biases and penalties come first (`penalties.py`), then the temperature and the filters. Min-p keeps the tokens with at
+Biases and penalties come first (`penalties.py`), then what a constraint allows (`allowed.py`), the temperature and the
+filters. Min-p keeps the tokens with at
 least this share of the probability of the likeliest (Nguyen et al. 2024, section 3), top-k the k likeliest ones (Fan et
 al. 2018, section 5.4), top-p the likeliest with a total probability of p (Holtzman et al. 2020, section 3.1), in this
 order, which is vLLM's. A draw adds Gumbel noise to the logits and takes the largest (Maddison et al. 2014,
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 
 from ...layers.collectives import gather_blocks, max_blocks
 from ...meshes.device_axes import block_index, mark_varying, num_manual_blocks, varying_axes
+from .allowed import drop_forbidden
 from .logprobs import Logprobs, compute_logprobs, num_top
 from .penalties import change_logits
 from .settings import SamplingSettings
@@ -53,6 +55,7 @@ def choose(
     settings: SamplingSettings,
     *,
     read_seen: Callable[[], jax.Array],
+    read_allowed: Callable[[], jax.Array],
     position_B: jax.Array,
     axes: tuple[str, ...],
 ) -> Choice:
@@ -65,9 +68,28 @@ def choose(
 
     Args:
         read_seen: returns how often each sequence has each token [B@data, V@tensor], as `penalties.py` counts them.
+        read_allowed: returns the bits of the tokens that constrained rows may choose [B@data, W], as `allowed.py` reads
+            them.
         position_B: positions of the tokens to choose in their sequences.
     """
     changed_BV = change_logits(logits_BV, settings, read_seen=read_seen, axes=axes)
+    changed_BV = jax.lax.cond(
+        settings.is_constrained.any(),
+        lambda x: drop_forbidden(x, settings, read_allowed(), axes=axes),
+        lambda x: x,
+        changed_BV,
+    )
+    scores_BV = _score(changed_BV, settings, position_B, axes)
+    # From the original logits, since a filter may drop a NaN. The maximum is NaN if any logit is.
+    token_B = _find_largest(scores_BV, is_finite_B=jnp.isfinite(logits_BV.max(-1)), axes=axes)
+    reason_B = finish_reasons(token_B, settings, length_B=position_B + 1)
+    return Choice(token_B, reason_B, _logprobs(logits_BV, token_B, settings, axes))
+
+
+def _score(
+    changed_BV: jax.Array, settings: SamplingSettings, position_B: jax.Array, axes: tuple[str, ...]
+) -> jax.Array:
+    """Return scores of which the largest is the choice: logits by temperature and filters, with noise for a draw."""
     # A row of temperature 0 is divided by 1 and gets no noise.
     is_drawn_B = settings.temperature > 0
     scaled_BV = changed_BV / jnp.where(is_drawn_B, jnp.maximum(settings.temperature, _MIN_TEMPERATURE), 1.0)[:, None]
@@ -79,11 +101,7 @@ def choose(
     def add_noise(x_BV: jax.Array) -> jax.Array:
         return jnp.where(is_drawn_B[:, None], x_BV + _noise(x_BV, settings, position_B, axes), x_BV)
 
-    noisy_BV = jax.lax.cond(is_drawn_B.any(), add_noise, lambda x: x, cut_BV)
-    # From the original logits, since a filter may drop a NaN. The maximum is NaN if any logit is.
-    token_B = _find_largest(noisy_BV, is_finite_B=jnp.isfinite(logits_BV.max(-1)), axes=axes)
-    reason_B = finish_reasons(token_B, settings, length_B=position_B + 1)
-    return Choice(token_B, reason_B, _logprobs(logits_BV, token_B, settings, axes))
+    return jax.lax.cond(is_drawn_B.any(), add_noise, lambda x: x, cut_BV)
 
 
 def _find_largest(scores_BV: jax.Array, *, is_finite_B: jax.Array, axes: tuple[str, ...]) -> jax.Array:

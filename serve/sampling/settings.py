@@ -19,6 +19,7 @@ class SamplingSettings:
         repetition_penalty, frequency_penalty, presence_penalty: as in `penalties.py`; 1, 0 and 0 for none.
         bias_tokens, biases: tokens, padded with -1, and what is added to their logits.
         num_logprobs: number of likeliest tokens whose log probabilities are wanted with the chosen one's; -1 for none.
+        is_constrained: whether the tokens that may be chosen are given, `SlotInputs.allowed`.
         seed: seed of the draws.
         limit: number of tokens, prompt and answer, at which the sequence ends.
         stops: tokens that end the sequence, padded with -1.
@@ -34,6 +35,7 @@ class SamplingSettings:
     bias_tokens: Any
     biases: Any
     num_logprobs: Any
+    is_constrained: Any
     seed: Any
     limit: Any
     stops: Any

@@ -140,8 +140,10 @@ class Speculator:
         for slot, sequence in decoding.items():
             guesses.tokens[slot, 0], guesses.counts[slot] = sequence.tokens[-1], 1
             guesses.starts[slot] = len(sequence.request.prompt) + len(sequence.tokens) - 1
-            # Logits with a penalty depend on each token before; a cancelled sequence ends with its next token.
-            if not sequence.request.has_penalty and sequence.finish_reason is None:
+            # What may be chosen depends on each token before with a penalty or a constraint; a cancelled sequence ends
+            # with its next token.
+            goes_by_one = sequence.request.has_penalty or sequence.request.constraint is not None
+            if not goes_by_one and sequence.finish_reason is None:
                 room[slot] = min(self._num_tokens, sequence.request.max_new_tokens - len(sequence.tokens) - 1)
         found = self._by_draft(slots, guesses, room) if self._draft else self._by_look_up(decoding, room)
         for slot, tokens in found.items():
@@ -194,7 +196,7 @@ def _compile(
     shapes = (
         stage_shapes(config, mesh=mesh, **own),
         state,
-        input_shapes(sizes, mesh=mesh, rules=rules),
+        input_shapes(sizes, vocab_size=config.vocab_size, mesh=mesh, rules=rules),
         guess_shapes(sizes, num_tokens=num_tokens, mesh=mesh, rules=rules),
     )
 

@@ -141,6 +141,7 @@ class _Work:
             x.reshape(size * num_tokens, 1, -1),
             jax.tree.map(repeat, own.settings),
             read_seen=lambda: repeat(read_seen()),
+            read_allowed=lambda: repeat(rows_of(self.slots.allowed, new.row, size)),
             position_B=new.positions(num_tokens).reshape(-1) + 1,
         )
         return jax.tree.map(lambda leaf: leaf.reshape(size, num_tokens, *leaf.shape[1:]), choice)

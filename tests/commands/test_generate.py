@@ -1,6 +1,7 @@
 """`trellax generate`: text on stdout, talk on stderr, the same on any mesh, and mistakes before weights are read."""
 
 import json
+import re
 import shutil
 from argparse import Namespace
 from collections.abc import Callable
@@ -146,6 +147,27 @@ def test_quantized_answers_are_those_of_python_and_the_error_is_told(ask: Any, r
     assert "fp8, a scale for each token and head" in err
 
 
+@pytest.mark.slow
+def test_answers_keep_to_a_schema_or_an_expression(ask: Any, tmp_path: Path) -> None:
+    pytest.importorskip("llguidance", reason="needs the extra constrain")
+    code, out, _ = ask(*HOW, "--json", "--regex", "[a-c]{3,5}")
+    assert (code, [bool(re.fullmatch("[a-c]{3,5}", one["completion"])) for one in json.loads(out)]) == (0, [True] * 3)
+    schema = {
+        "type": "object",
+        "properties": {"a": {"type": "integer", "maximum": 99, "minimum": 0}},
+        "required": ["a"],
+    }
+    schema |= {"additionalProperties": False, "x-guidance": {"whitespace_flexible": False}}
+    (tmp_path / "a.json").write_text(json.dumps(schema))
+    words = ["--prompt", "x", "--temperature", "1", "--mesh", "tensor=2,pipe=2", "--max-new-tokens", "20", "--json"]
+    code, out, _ = ask(*words, "--json-schema", str(tmp_path / "a.json"))
+    (found,) = json.loads(out)
+    assert (code, found["finish_reason"], list(json.loads(found["completion"]))) == (0, "stop", ["a"])
+    code, out, err = ask("--prompt", "x", "--regex", "(")
+    assert (code, out) == (2, "")
+    assert "the regular expression is not supported" in err
+
+
 def test_each_token_has_a_line_of_log_probabilities() -> None:
     sequence = ServedSequence(id=0, request=Request(prompt=(1,)))
     sequence.logprobs = [TokenLogprobs(token=65, logprob=-1.5, top=((66, -0.5), (65, -1.5)))]
@@ -171,6 +193,8 @@ MISTAKES: dict[str, list[str]] = {
     "penalty_out_of_range": ["--prompt", "x", "--presence-penalty", "3"],
     "no_guesses": ["--prompt", "x", "--max-new-tokens", "4", "--speculate", "lookup", "--speculate-tokens", "0"],
     "no_draft": ["--prompt", "x", "--max-new-tokens", "4", "--speculate", "no-folder"],
+    "two_forms": ["--prompt", "x", "--regex", "a", "--json-schema", "no-file"],
+    "no_schema": ["--prompt", "x", "--json-schema", "no-file"],
     "override": ["--prompt", "x", "--train.steps", "3"],
 }
 

@@ -97,25 +97,23 @@ def settings_of(rows: int, **changes: Any) -> SamplingSettings:
     """The same settings for every row: greedy, without limits, but for what is named."""
     given: dict[str, Any] = {"temperature": 0, "top_k": 0, "top_p": 1, "min_p": 0, "seed": 0, "limit": 2**30}
     given |= {"repetition_penalty": 1, "frequency_penalty": 0, "presence_penalty": 0, "num_logprobs": -1}
+    given["is_constrained"] = False
     given |= {"stops": [-1, -1], "bias_tokens": [-1, -1], "biases": [0, 0]} | changes
     whole = {"top_k", "limit", "num_logprobs", "stops", "bias_tokens"}
 
     def row(name: str, value: Any) -> np.ndarray:
-        array = np.asarray(value, np.uint32 if name == "seed" else np.int32 if name in whole else np.float32)
+        kinds = {"seed": np.uint32, "is_constrained": np.bool_}
+        array = np.asarray(value, kinds.get(name, np.int32 if name in whole else np.float32))
         return np.broadcast_to(array, (rows, *array.shape))
 
     return SamplingSettings(**{name: row(name, value) for name, value in given.items()})
 
 
-def no_counts() -> Any:
-    """For settings without penalties."""
-    raise AssertionError
-
-
 @jax.jit
 def _choose(logits: jax.Array, settings: SamplingSettings, position: jax.Array) -> jax.Array:
-    zeros = jnp.zeros(logits.shape, jnp.int32)
-    return choose(logits, settings, read_seen=lambda: zeros, position_B=position, axes=()).token
+    zeros, none = jnp.zeros(logits.shape, jnp.int32), jnp.zeros((1, 2), jnp.uint32)
+    own: dict[str, Any] = {"read_seen": lambda: zeros, "read_allowed": lambda: none}
+    return choose(logits, settings, position_B=position, axes=(), **own).token
 
 
 def changed_logits(logits_V: np.ndarray, request: Request, answer: Sequence[int]) -> np.ndarray:

@@ -16,6 +16,7 @@ import jax
 
 from ...configs.changes import Changes
 from ...configs.run_config import RunConfig
+from ...hub.peft.read import base_of, is_peft_folder
 from ...meshes.axes import KNOWN_ROLES
 from ..run_folder import Start
 
@@ -48,7 +49,7 @@ def collect_run_settings(config: RunConfig, *, start: Start, changes: Changes) -
         "--force": "yes" if start == "replace" else "no",
         "--override": "yes" if changes == "accept" else "no",
         **collect_program_settings(),
-        "weights of train.init_from": sample_folder(config.train.init_from),
+        "weights of train.init_from": sample_model(config.train.init_from),
     }
 
 
@@ -88,6 +89,16 @@ def _read_xla_flags(environ: Mapping[str, str]) -> str:
     """Return the XLA flags, sorted, without those that only set where programs are dumped."""
     flags = environ.get("XLA_FLAGS", "").split()
     return " ".join(sorted(flag for flag in flags if not flag.startswith("--xla_dump")))
+
+
+def sample_model(name: str) -> str:
+    """Return `sample_folder` of a model, and of the one that its adapters adapt, if it holds adapters alone.
+
+    Raises:
+        WeightsError: the folder of adapters does not say what they adapt.
+    """
+    found = sample_folder(name)
+    return f"{found} on {sample_folder(str(base_of(name)))}" if name and is_peft_folder(name) else found
 
 
 def sample_folder(name: str) -> str:

@@ -33,6 +33,9 @@ EXIT_LOST = 75
 """Exit code: another process was lost, so starting the run again may help (EX_TEMPFAIL of sysexits.h)."""
 _EXIT_MISTAKE, _EXIT_FAULT, _EXIT_INTERRUPTED = 2, 1, 130
 
+SAVED_STAYS = "what is saved stays"
+"""Parting words of a run."""
+
 _HEARTBEATS, _DONE = "trellax/heartbeats/", "done"
 _HEARTBEAT_S, _JUDGE_S = 1.0, 0.5
 _PATIENCE_S = 3.0
@@ -47,12 +50,19 @@ class ProcessWatchdog:
     Args:
         silence_s: seconds without a heartbeat after which a process counts as lost.
         before_end: called with the reason before it ends this process, for process 0 some seconds before.
+        parting: what it says last when it ends this process.
     """
 
     def __init__(
-        self, processes: Processes, *, silence_s: float, before_end: Callable[[str], None] = lambda _: None
+        self,
+        processes: Processes,
+        *,
+        silence_s: float,
+        before_end: Callable[[str], None] = lambda _: None,
+        parting: str = SAVED_STAYS,
     ) -> None:
         self._processes, self._silence_s, self._before_end = processes, silence_s, before_end
+        self._parting = parting
         self._client: Any = None
         now = time.monotonic()
         self._answered_s = now
@@ -162,7 +172,7 @@ class ProcessWatchdog:
 
     def _explain_stop(self, why: str) -> str:
         first_line = why.splitlines()[0].rstrip(".")
-        return f"{first_line}. {self._name(self._processes.index)} stops; what is saved stays.\n"
+        return f"{first_line}. {self._name(self._processes.index)} stops; {self._parting}.\n"
 
     def _wait_for_all(self) -> None:
         """Wait until all processes are done, so that one that fails in its last work alone still ends the others."""

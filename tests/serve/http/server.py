@@ -52,7 +52,9 @@ TOKENIZER = LetterTokenizer()
 def shared_engine() -> Engine:
     """Three slots, so that a few requests fill them; the cache is poisoned with NaN."""
     mesh = mesh_of("data=1")
-    return Engine(CONFIG, params_on(CONFIG, mesh), mesh=mesh, slots=3, chunk=8, rounds=3, fill="nan")
+    return Engine(
+        CONFIG, params_on(CONFIG, mesh), mesh=mesh, slots=3, chunk=8, rounds=3, fill="nan", tokenizer=TOKENIZER
+    )
 
 
 def text_of(prompt: str, max_tokens: int, *, how: Any = None) -> str:

@@ -70,7 +70,6 @@ WRONG: list[tuple[str, Any, int, str]] = [
     (CHAT, CHAT_GOOD | {"messages": [{"role": "user", "content": None}]}, 400, "messages=None"),
     (CHAT, CHAT_GOOD | {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages="),
     (CHAT, CHAT_GOOD | {"tools": [{"type": "function"}]}, 400, "is not supported by this server"),
-    (CHAT, CHAT_GOOD | {"response_format": {"type": "json_object"}}, 400, "is not supported by this server"),
     ("/v1/nothing", GOOD, 404, "there is no such path"),
     ("/v1/models", GOOD, 405, "this path takes no POST"),
     ("/v1/models/gpt", None, 404, "there is no such model here"),

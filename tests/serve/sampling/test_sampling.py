@@ -29,12 +29,20 @@ def settings_of(rows: int = 6, **changes: Any) -> SamplingSettings:
 
 
 def choose(
-    logits: Any, settings: SamplingSettings, *, position_B: Any, axes: tuple[str, ...], seen: Any = None
+    logits: Any,
+    settings: SamplingSettings,
+    *,
+    position_B: Any,
+    axes: tuple[str, ...],
+    seen: Any = None,
+    allowed: Any = None,
 ) -> jax.Array:
     """The tokens, chosen by the settings of what numpy has."""
     seen = jnp.zeros(np.shape(logits), jnp.int32) if seen is None else seen
+    allowed = jnp.zeros((np.shape(logits)[0], 1), jnp.uint32) if allowed is None else allowed
     logits, position = jnp.asarray(logits), jnp.asarray(position_B)
-    return choose_arrays(logits, settings, read_seen=lambda: seen, position_B=position, axes=axes).token
+    own: dict[str, Any] = {"read_seen": lambda: seen, "read_allowed": lambda: allowed}
+    return choose_arrays(logits, settings, position_B=position, axes=axes, **own).token
 
 
 def kept(logits_V: np.ndarray, *, top_k: int, top_p: float) -> set[int]:
