@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from ..configs.check import check_run
 from ..configs.run_config import RunConfig
 from ..layers import ModelConfig, Remat, activation_bytes
+from ..layers.context.choice import kept_ranks
 from ..layers.projected_loss import chunk_tokens
 from ..meshes import MeshSpec, TrellaxError
 from ..meshes.spec import SHARDS
@@ -168,6 +169,7 @@ def _layer_bytes(model: ModelConfig, mesh: MeshSpec, sizes: StepSizes, remat: Re
         tensor=mesh.tensor,
         sequence="on" if sizes.is_sequence_parallel else "off",
         remat=remat,
+        key_ranks=kept_ranks(sizes.context_attention, context=mesh.context, remat=remat),
     ).layer
 
 

@@ -1,9 +1,8 @@
 """Convert the config of a run to the planner's values: its layout, and the question which layout is best for it."""
 
 from dataclasses import replace
-from typing import Literal
 
-from ..layers.context.choice import choose_context_attention
+from ..layers.context.choice import Way, choose_context_attention
 from ..meshes import MeshSpec, PlanError
 from ..plan.costs.layout import ZERO_STAGES, Layout
 from ..plan.costs.runtime import OnOff, trellax_runtime
@@ -47,7 +46,7 @@ def layout_of(config: RunConfig, *, num_devices: int) -> Layout:
     )
 
 
-def _context_attention(config: RunConfig, mesh: MeshSpec) -> Literal["gather", "ulysses"]:
+def _context_attention(config: RunConfig, mesh: MeshSpec) -> Way:
     sizes = {"tensor": mesh.tensor, "context": mesh.context}
     return choose_context_attention(config.model, asked=config.pipeline.context_attention, **sizes)
 

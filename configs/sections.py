@@ -207,8 +207,10 @@ class PipelineSection(Section):
     layers_per_stage: Literal["auto"] | tuple[int, ...] = Field(
         "auto", description="layers of each stage, first to last, such as 3,3,2; auto balances their times"
     )
-    context_attention: Literal["auto", "gather", "ulysses"] = Field(
-        "auto", description="with mesh.context: gather keys and values, or exchange tokens for heads; auto sends less"
+    context_attention: Literal["auto", "gather", "gather-once", "ulysses"] = Field(
+        "auto",
+        description="with mesh.context: gather keys and values, also again in the backward or once and keep them, or "
+        "exchange tokens for heads; auto takes gather or ulysses, which sends less",
     )
     vocab: Literal["split", "ends"] = Field(
         "split", description="embedding and head split over pipe x tensor, or whole on the first and last stage"

@@ -15,6 +15,7 @@ from .attention.blockwise import FLASH_OUTPUTS
 from .attention.cache import KVCache, NewTokens
 from .collectives import BLOCK_SUMS
 from .config import ModelConfig
+from .context.gathered import GATHERED_KEYS
 from .context.places import Places
 from .dropout import BranchNoise
 from .experts.kinds import LayerKind, layer_kinds
@@ -214,7 +215,7 @@ def rematerialize(layer: Callable[..., Any], remat: Remat) -> Callable[..., Any]
     if remat == "none":
         return layer
     policies = jax.checkpoint_policies
-    keep_named = policies.save_only_these_names(FLASH_OUTPUTS, BLOCK_SUMS, EXPERT_ROWS, ADAPTED)
+    keep_named = policies.save_only_these_names(FLASH_OUTPUTS, GATHERED_KEYS, BLOCK_SUMS, EXPERT_ROWS, ADAPTED)
     keep_dots = policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, keep_named)
     policy = None if remat == "full" else keep_dots
     # prevent_cse guards against merging recomputation with the forward; a scan already keeps them apart.

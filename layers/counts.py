@@ -208,8 +208,9 @@ def activation_bytes(
     tensor: int = 1,
     sequence: Literal["off", "on"] = "off",
     remat: Remat = "none",
+    key_ranks: int = 1,
 ) -> ActivationBytes:
-    """Return the activation bytes of one microbatch of `num_sequences` on one device.
+    """Return the activation bytes on one device of one microbatch, of `num_sequences` on a data shard.
 
     The formula follows Korthikanti et al. 2022, section 4, with the residuals of our own layers as terms:
 
@@ -223,30 +224,30 @@ def activation_bytes(
     within 1% there. Classes of the user's keep what the jaxpr of their vjp does.
 
     Args:
-        num_sequences: sequences of the microbatch on one data shard.
         tensor, sequence: size of the axis that splits heads and features, and whether it splits x by tokens too.
+        key_ranks: context ranks of `num_tokens` each whose keys and values are kept, 1 for those of the tokens alone.
 
     Raises:
         ModelError: a count is below 1, or heads, feed-forward features or vocabulary do not split evenly over `tensor`.
     """
-    _check_sizes(remat, sequence, num_sequences=num_sequences, num_tokens=num_tokens, tensor=tensor)
-    model_rules(config, {"tensor": tensor})
+    _check_sizes(config, remat, sequence, num_sequences=num_sequences, num_tokens=num_tokens, tensor=tensor)
     item_bytes, numbers = _ITEM_BYTES[config.dtype], num_sequences * num_tokens
     d = config.hidden_size // (tensor if sequence == "on" else 1)
     if has_own_classes(config):
         own = kept_bytes(config, num_tokens=num_tokens, tensor=tensor, sequence=sequence, remat=remat)
         return ActivationBytes(boundary=numbers * d * item_bytes, layer=num_sequences * own)
-    kept = numbers * _kept_width(config, d=d, tensor=tensor, remat=remat) * item_bytes
+    kept = numbers * _kept_width(config, d=d, tensor=tensor, remat=remat, key_ranks=key_ranks) * item_bytes
     sums = numbers * _kept_sums(config, tensor=tensor, remat=remat) * _SUM_BYTES
     experts = _expert_bytes(config, numbers, tensor=tensor, own=numbers * d // config.hidden_size, remat=remat)
     return ActivationBytes(boundary=numbers * d * item_bytes, layer=kept + sums + experts)
 
 
-def _check_sizes(remat: Remat, sequence: Literal["off", "on"], **counts: int) -> None:
+def _check_sizes(config: ModelConfig, remat: Remat, sequence: Literal["off", "on"], **counts: int) -> None:
     check_choice("remat", remat, get_args(Remat), error=ModelError)
     check_choice("sequence", sequence, ("off", "on"), error=ModelError)
     for name, count in counts.items():
         check_count(name, count, error=ModelError)
+    model_rules(config, {"tensor": counts["tensor"]})
 
 
 def _kept_sums(config: ModelConfig, *, tensor: int, remat: Remat) -> int:
@@ -273,7 +274,7 @@ def _expert_bytes(config: ModelConfig, num_tokens: int, *, tensor: int, own: int
     return rows * width * _ITEM_BYTES[config.dtype] + numbers * _SUM_BYTES
 
 
-def _kept_width(config: ModelConfig, *, d: int, tensor: int, remat: Remat) -> int:
+def _kept_width(config: ModelConfig, *, d: int, tensor: int, remat: Remat, key_ranks: int) -> int:
     """Return the number of residuals, in the compute dtype, that a layer keeps for one token.
 
     Args:
@@ -295,7 +296,30 @@ def _kept_width(config: ModelConfig, *, d: int, tensor: int, remat: Remat) -> in
         # The gradient of a magnitude takes the column before it is scaled.
         outs = {"query": own.query, "key": own.key, "value": own.value, "out": d, "gate": f, "up": f, "down": d}
         dots, none = dots + ("down" in targets) * d, none + sum(outs[name] for name in targets)
-    return {"full": d, "dots": dots, "none": none}[remat]
+    gathered = _gathered_width(config, tensor=tensor, remat=remat, key_ranks=key_ranks)
+    return {"full": d, "dots": dots, "none": none}[remat] + gathered
+
+
+def _gathered_width(config: ModelConfig, *, tensor: int, remat: Remat, key_ranks: int) -> int:
+    """Return the residuals more for one token where keys and values of several context ranks are kept."""
+    check_count("key_ranks", key_ranks, error=ModelError)
+    if key_ranks == 1 or remat == "full":
+        return 0
+    own = attention_widths(config, tensor=tensor)
+    return key_ranks * (own.key + own.value) - replaced_width(config, tensor=tensor, remat=remat)
+
+
+def replaced_width(config: ModelConfig, *, tensor: int, remat: Remat) -> int:
+    """Return the residuals of one token whose place gathered keys and values take: a device's own.
+
+    With "dots" these are outputs of products, of which norms of keys and the maps from latents still read some.
+    """
+    own = attention_widths(config, tensor=tensor)
+    if remat == "none":
+        return own.key + own.value
+    if remat == "full" or config.latent_size:
+        return 0
+    return own.value + (own.key if config.qk_norm == "off" else 0)
 
 
 def _block_weights(config: ModelConfig, *, experts: int) -> int:

@@ -35,6 +35,7 @@ _ROLES: dict[str, Role | None] = {
     "latent": None,
     "lora": None,
     "attention_heads": "tensor",  # heads while attention mixes tokens
+    "kept_keys": "context",  # tokens whose keys and values are kept for the backward
     "ffn": "tensor",
     "experts": "expert",
     "router": None,
@@ -107,6 +108,10 @@ class ShardingRules:
         2023, section 3.1). The heads of a tensor rank must divide.
         """
         return self.replace(attention_heads=_as_entry((*self.axes("heads"), *self.axes("tokens"))))
+
+    def keep_keys(self) -> "ShardingRules":
+        """Return the rules with keys and values of all tokens kept for the backward, which else gathers them again."""
+        return self.replace(kept_keys=None)
 
     @property
     def token_axes(self) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """Enumerate the meshes and layouts that a model can run on. Read `training_search.py` for how they are compared."""
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -102,10 +103,10 @@ def _layouts_of_mesh(
     over: Any = sizes
     # Not 1: weights gathered once a step take less memory, and send no more.
     splits: list[Any] = [
-        {"zero": zero, "expert": expert, "context_attention": how}
+        {"zero": zero, "expert": expert}
         for zero, expert in _splits_of_weights(model, data=sizes["data"], context=sizes["context"])
-        for how in _ways_to_attend(model, tensor=sizes["tensor"], context=sizes["context"])
     ]
+    ways = _ways_to_attend(model, tensor=sizes["tensor"], context=sizes["context"])
     for sequences in _divisors(shard):
         if sequences & (sequences - 1) and sequences != shard:
             continue
@@ -113,8 +114,10 @@ def _layouts_of_mesh(
         for schedule, chunks in _schedules(model, pipe=sizes["pipe"], microbatches=count):
             own: Any = {"schedule": schedule, "chunks": chunks, "microbatches": count, "sequences": sequences}
             for remat in remats:
-                for split in splits:
-                    yield Layout(**over, **own, remat=remat, **split)
+                for split, how in itertools.product(splits, ways):
+                    # What the backward computes again it gathers again.
+                    if how != "gather-once" or remat != "full":
+                        yield Layout(**over, **own, remat=remat, context_attention=how, **split)
 
 
 def _meshes_of_contexts(
@@ -139,7 +142,8 @@ def _ways_to_attend(model: ModelConfig, *, tensor: int, context: int) -> list[Co
     if context == 1:
         return ["auto"]
     heads, kv_heads = model.num_heads // tensor, max(1, model.num_kv_heads // tensor)
-    return ["gather", "ulysses"] if heads % context == kv_heads % context == 0 else ["gather"]
+    gathers: list[ContextAttention] = ["gather", "gather-once"]
+    return [*gathers, "ulysses"] if heads % context == kv_heads % context == 0 else gathers
 
 
 def _features(model: ModelConfig) -> int:

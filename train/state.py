@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..configs.run_config import PipelineSection, RunConfig
 from ..layers import ModelConfig, model_rules
-from ..layers.context.choice import choose_context_attention
+from ..layers.context.choice import Way, choose_context_attention
 from ..meshes import MeshSpec, ScheduleError, ShardingRules, mesh_sizes
 from ..meshes.host_memory import check_host_memory, in_host_memory
 from ..pipeline import PipelinedModel, PipelineParams, resolve_layers, split_transformer, stage_costs
@@ -98,6 +98,7 @@ class Setup:
         rules = model_rules(config, self.mesh.shape, rules=self.rules)
         rules = rules.split_stream() if self.sizes.splits_tokens(self.config.data.seq_len) else rules
         rules = rules.exchange_heads() if self.context_attention == "ulysses" else rules
+        rules = rules.keep_keys() if self.context_attention == "gather-once" else rules
         return split_transformer(
             config,
             mesh=self.mesh,
@@ -120,7 +121,7 @@ class Setup:
         return self.config.data.source == "pairs"
 
     @property
-    def context_attention(self) -> Literal["gather", "ulysses"]:
+    def context_attention(self) -> Way:
         """How context ranks attend to each other's tokens."""
         own = {"tensor": self.sizes.tensor, "context": self.sizes.context}
         return choose_context_attention(self.config.model, asked=self.config.pipeline.context_attention, **own)

@@ -5,9 +5,12 @@ c ranks, in units of T H (c - 1) / c:
 
                  forward             backward            for N = 32, K = 8:    c = 2    c = 4    c = 8
     gather       2 K                 4 K                                          48       48       48
+    gather-once  2 K                 2 K                                          32       32       32
     ulysses      2 (N + K) / c       2 (N + K) / c                                80       40       20
 
-A gather's backward gathers again, to keep no rank's keys but its own. Heads must divide to be exchanged.
+"gather" gathers again in the backward, so that a layer keeps the keys of its own tokens alone; "gather-once" keeps
+those of all tokens, 2 K H T numbers of each microbatch in flight in place of 2 K H T / c. So "auto" does not choose it;
+the planner does where memory allows. Heads must divide to be exchanged.
 """
 
 from typing import Literal, get_args
@@ -16,13 +19,16 @@ from ...meshes import ModelError
 from ...meshes.arguments import check_choice
 from ..config import ModelConfig
 
-ContextAttention = Literal["auto", "gather", "ulysses"]
-"""How context ranks attend to each other's tokens; "auto" is what sends less."""
+Way = Literal["gather", "gather-once", "ulysses"]
+"""How context ranks attend to each other's tokens."""
+
+ContextAttention = Literal["auto", "gather", "gather-once", "ulysses"]
+"""The same as it is asked for; "auto" is what sends less of a gather and an exchange."""
 
 
 def choose_context_attention(
     config: ModelConfig, *, tensor: int, context: int, asked: ContextAttention = "auto"
-) -> Literal["gather", "ulysses"]:
+) -> Way:
     """Return how attention is computed over `context` ranks, of a model split over `tensor`.
 
     >>> config = ModelConfig(vocab_size=256, num_layers=2, hidden_size=64, num_heads=8, num_kv_heads=2)
@@ -50,6 +56,15 @@ def choose_context_attention(
 def gathered_numbers(kv_heads: int) -> tuple[float, float]:
     """Return what a gather sends forward and backward, in the units of this file."""
     return 2 * kv_heads, 4 * kv_heads
+
+
+def kept_ranks(how: ContextAttention, *, context: int, remat: str) -> int:
+    """Return the context ranks whose keys and values a layer keeps for its backward: its own alone, or all of them.
+
+    >>> kept_ranks("gather-once", context=4, remat="dots"), kept_ranks("gather", context=4, remat="dots")
+    (4, 1)
+    """
+    return context if how == "gather-once" and remat != "full" else 1
 
 
 def exchanged_numbers(heads: int, kv_heads: int, context: int) -> tuple[float, float]:

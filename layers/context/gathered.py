@@ -11,13 +11,14 @@
 
 All ranks run one program: a loop over the pairs below the diagonal, in which the rank's number chooses chunks. Results
 of pairs are merged by the logarithms of their softmax's sums, as within a kernel (Dao 2023, section 3). The backward
-gathers keys and values again, so a rank keeps those of its own tokens alone, and reduce-scatters their gradients. Read
-`pairs.py` next, then the two kernels, `plain_tiles.py` and `fused_tiles.py`.
+reduce-scatters the gradients of keys and values; it gathers these again, so that a rank keeps those of its own tokens
+alone, or all ranks' are kept (`choice.py` has the arithmetic). Read `pairs.py` next, then the two kernels,
+`plain_tiles.py` and `fused_tiles.py`.
 """
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,13 +31,17 @@ from ..options.sinks import add_sinks, sink_grads
 from .pairs import Pair, count_pairs, pair_of
 from .tiles import Kernel, Mask, Queries, Tile, merge
 
+GATHERED_KEYS = "gathered_keys"
+"""Checkpoint name of gathered keys and values that are kept."""
+
 
 class How(NamedTuple):
-    """The window (0 for none), the context axes, and the kernel of a pair of chunks."""
+    """The window (0 for none), the context axes, the kernel of a pair of chunks, and whose keys the backward reads."""
 
     window: int
     axes: tuple[str, ...]
     kernel: Kernel
+    kept: Literal["own", "all"] = "own"
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -44,18 +49,24 @@ def attend_gathered(q_BtNH: jax.Array, k_BtKH: jax.Array, v_BtKH: jax.Array, lim
     """Compute causal attention over whole sequences, of which each device has two chunks.
 
     q[B, T@context, N, H], k and v[B, T@context, K, H], documents[B, T@context] -> mixed[B, T@context, N, H], for use
-    inside `shard_map`. Sends an all-gather of k and v over context; backward another, and a reduce-scatter of their
-    gradients.
+    inside `shard_map`. Sends an all-gather of k and v over context; backward a reduce-scatter of their gradients, and
+    another all-gather unless all are kept.
     """
     return _forward(q_BtNH, k_BtKH, v_BtKH, limits, how)[0]
 
 
 class _Saved(NamedTuple):
+<<<<<<< HEAD
     """Residuals, of this device's tokens: inputs and output, and the softmax's sums [2, B, N, n], sinks included."""
+=======
+    """Residuals, of this device's tokens: inputs and output, and the softmax's sums [2, B, N, n].
+
+    keys: own keys and values [B, t, K, H], or `_Keys` of all tokens.
+    """
+>>>>>>> h6
 
     q: jax.Array
-    k: jax.Array
-    v: jax.Array
+    keys: Any
     limits: Limits
     y: jax.Array
     sums: jax.Array
@@ -69,13 +80,19 @@ def _forward(
 
     # Outside of the branches: devices are not known to take the same.
     keys = _Keys.gather(k_BtKH, v_BtKH, limits.segments, how.axes)
+    keys = checkpoint_name(keys, GATHERED_KEYS) if how.kept == "all" else keys
     given = (q_BtNH, k_BtKH, v_BtKH, limits.segments, keys)
+<<<<<<< HEAD
     y_BtNH, sums = choose_window(limits.is_windowed, how.window, run, *given)
     if limits.sinks is not None:
         chunks, sums = add_sinks(_cut(y_BtNH), sums, limits.sinks)
         y_BtNH = _back(chunks)
     y_BtNH, sums = checkpoint_name((y_BtNH, sums), FLASH_OUTPUTS)
     return y_BtNH, _Saved(q_BtNH, k_BtKH, v_BtKH, limits, y_BtNH, sums)
+=======
+    y_BtNH, sums = checkpoint_name(choose_window(limits.is_windowed, how.window, run, *given), FLASH_OUTPUTS)
+    return y_BtNH, _Saved(q_BtNH, keys if how.kept == "all" else (k_BtKH, v_BtKH), limits, y_BtNH, sums)
+>>>>>>> h6
 
 
 def _attend_pairs(
@@ -104,11 +121,15 @@ def _attend_pairs(
 
 
 def _backward(how: How, saved: _Saved, grad_BtNH: jax.Array) -> tuple[Any, ...]:
-    def run(window: int, saved: _Saved, grad_BtNH: jax.Array, keys: _Keys) -> tuple[jax.Array, ...]:
-        return _pair_grads(how._replace(window=window), saved, grad_BtNH, keys)
+    def run(window: int, *given: Any) -> tuple[jax.Array, ...]:
+        return _pair_grads(how._replace(window=window), *given)
 
-    keys = _Keys.gather(saved.k, saved.v, saved.limits.segments, how.axes)
-    given: Any = (saved, grad_BtNH, keys)
+    if how.kept == "all":
+        keys, own = saved.keys, saved.keys.own(how.axes)
+    else:
+        own = saved.keys
+        keys = _Keys.gather(own[0], own[1], saved.limits.segments, how.axes)
+    given: Any = (saved._replace(keys=own), grad_BtNH, keys)
     d_q, d_k, d_v, own_d_k, own_d_v = choose_window(saved.limits.is_windowed, how.window, run, *given)
 
     # Sent in the compute dtype, as every other gradient of an activation.
@@ -116,11 +137,15 @@ def _backward(how: How, saved: _Saved, grad_BtNH: jax.Array) -> tuple[Any, ...]:
         own = jax.lax.psum_scatter(of_all.astype(like.dtype), how.axes, scatter_dimension=0)
         return _back(own.astype(jnp.float32) + of_own).astype(like.dtype)
 
+<<<<<<< HEAD
     d_sinks_N = None
     if saved.limits.sinks is not None:
         d_sinks_N = sink_grads(_cut(grad_BtNH), _cut(saved.y), saved.sums, saved.limits.sinks)
     d_k_BtKH, d_v_BtKH = home(d_k, own_d_k, saved.k), home(d_v, own_d_v, saved.v)
     return _back(d_q).astype(saved.q.dtype), d_k_BtKH, d_v_BtKH, Limits(sinks=d_sinks_N)
+=======
+    return _back(d_q).astype(saved.q.dtype), home(d_k, own_d_k, keys.k), home(d_v, own_d_v, keys.v), None
+>>>>>>> h6
 
 
 def _pair_grads(how: How, saved: _Saved, grad_BtNH: jax.Array, keys: "_Keys") -> tuple[jax.Array, ...]:
@@ -128,7 +153,8 @@ def _pair_grads(how: How, saved: _Saved, grad_BtNH: jax.Array, keys: "_Keys") ->
     own = Queries(_cut(saved.q), _cut(grad_BtNH), _cut(saved.y), saved.sums)
     joined = Queries(*map(_join, (saved.q, grad_BtNH, saved.y)), sums=jnp.concatenate([*saved.sums]))
     diagonal = _diagonal(saved.limits.segments, how)
-    on_diagonal = how.kernel.grads(joined, _join(saved.k), _join(saved.v), diagonal)
+    own_k, own_v = saved.keys
+    on_diagonal = how.kernel.grads(joined, _join(own_k), _join(own_v), diagonal)
     d_q, own_d_k, own_d_v = (_apart(leaf).astype(jnp.float32) for leaf in on_diagonal)
 
     def add(number: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -161,6 +187,11 @@ class _Keys(NamedTuple):
         """Gather them over context."""
         segments = None if segments_Bt is None else jax.lax.all_gather(_cut(segments_Bt), axes)
         return cls(*(jax.lax.all_gather(_cut(leaf), axes) for leaf in (k_BtKH, v_BtKH)), segments=segments)
+
+    def own(self, axes: tuple[str, ...]) -> tuple[jax.Array, jax.Array]:
+        """Return the keys and values of this device's tokens: [B, t, K, H]."""
+        rank = jax.lax.axis_index(axes)
+        return _back(_read(self.k, rank)), _back(_read(self.v, rank))
 
     def count(self, how: How) -> int:
         """Return the number of pairs below the diagonal."""

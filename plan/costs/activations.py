@@ -10,6 +10,8 @@ from typing import Any
 
 from ...layers import ModelConfig, Remat, activation_bytes
 from ...layers.attention.counts import attention_widths
+from ...layers.context.choice import kept_ranks
+from ...layers.counts import replaced_width
 from ...layers.own.check_config import has_own_classes
 from ...layers.own.trace import trace_products
 from .layout import Layout
@@ -34,15 +36,17 @@ def layer_activation_bytes(model: ModelConfig, *, layout: Layout, runtime: Runti
         sequence=runtime.sequence_parallel,
         remat="dots" if layout.remat == "selective" else layout.remat,
         is_backward_split=layout.is_backward_split,
+        key_ranks=kept_ranks(layout.context_attention, context=layout.context, remat=layout.remat),
     )
     return kept / layout.context
 
 
 @lru_cache(maxsize=4096)
-def _kept_bytes(model: ModelConfig, *, is_backward_split: bool, **sizes: Any) -> float:
+def _kept_bytes(model: ModelConfig, *, is_backward_split: bool, key_ranks: int, **sizes: Any) -> float:
     """Return the bytes of a layer whose tokens are all on one device; most layouts of a search share them."""
-    deferred = split_backward_bytes(model, **sizes) if is_backward_split else 0.0
-    kept = activation_bytes(model, **sizes).layer + deferred
+    sizes["key_ranks"] = key_ranks
+    kept = activation_bytes(model, **sizes).layer
+    kept += split_backward_bytes(model, **sizes) if is_backward_split else 0.0
     if model.matmuls == "fp8" and sizes["remat"] == "dots":
         # Outputs of products in 8 bits are kept as they are, in float32.
         tokens, tensor = sizes["num_sequences"] * sizes["num_tokens"], sizes["tensor"]
@@ -53,14 +57,21 @@ def _kept_bytes(model: ModelConfig, *, is_backward_split: bool, **sizes: Any) ->
 
 
 def split_backward_bytes(
-    model: ModelConfig, *, num_sequences: int, num_tokens: int, tensor: int, sequence: OnOff = "off", remat: Remat
+    model: ModelConfig,
+    *,
+    num_sequences: int,
+    num_tokens: int,
+    tensor: int,
+    sequence: OnOff = "off",
+    remat: Remat,
+    key_ranks: int = 1,
 ) -> float:
     """Return the bytes that a layer stores in addition if its backward is split into input and weight gradient.
 
     The weight gradient of a product needs its input and its output gradient, which are stored until it runs. Output
     gradients reuse the buffers of residuals of their shape that only the input gradient reads (see
     `split_backward.py`). With remat "full" everything that the input gradient recomputed is stored, as much as with
-    "dots".
+    "dots". Where keys and values of several context ranks are kept, no residual has the shape of their gradients.
     """
     if has_own_classes(model):
         return num_sequences * _split_own_bytes(model, num_tokens=num_tokens, tensor=tensor, remat=remat)
@@ -76,6 +87,7 @@ def split_backward_bytes(
         "dots": 2 * d + up,
         "full": inputs + gradients - d,
     }[remat]
+    width += replaced_width(model, tensor=t, remat=remat) if key_ranks > 1 else 0
     return num_sequences * num_tokens * width * item_bytes(model)
 
 

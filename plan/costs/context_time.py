@@ -2,17 +2,20 @@
 
 What encloses no product was read in programs that were compiled for H200 (8B, context=4 tensor=2, 65,536 tokens):
 
-    gather     forward: one gather, exposed         backward: another, and a reduce-scatter, beside products
-    ulysses    forward: heads there and back, exposed   backward: both twice, once exposed, once beside products
+    gather        forward: one gather, exposed             backward: another, and a reduce-scatter, beside products
+    gather-once   forward: the same                        backward: the reduce-scatter, beside products
+    ulysses       forward: heads there and back, exposed   backward: both twice, once exposed, once beside products
 
-Read `layer_time.py` next, and `../../layers/context/choice.py` for the two ways.
+With remat="full" a gather is repeated in any case.
+
+Read `layer_time.py` next, and `../../layers/context/choice.py` for the ways.
 """
 
 from dataclasses import dataclass
 
 from ...layers import ModelConfig
 from ...layers.attention.counts import attention_widths
-from ...layers.context.choice import choose_context_attention
+from ...layers.context.choice import choose_context_attention, kept_ranks
 from ..machines.collective_time import collective_time_s, make_group
 from ..machines.topology import Topology
 from .layout import Layout
@@ -41,10 +44,12 @@ def context_time(
     own, widths = size.sequences * size.queries * item_bytes(model), attention_widths(model, tensor=layout.tensor)
     keys = widths.key + widths.value
     sizes = {"tensor": layout.tensor, "context": layout.context}
-    if choose_context_attention(model, asked=layout.context_attention, **sizes) == "gather":
+    how = choose_context_attention(model, asked=layout.context_attention, **sizes)
+    if how != "ulysses":
         # Keys and values of the whole sequences; the reduce-scatter of their gradients sends as much.
         sent = collective_time_s("all_gather", num_bytes=own * layout.context * keys, group=group, topology=topology)
-        return ContextTime(forward=sent, backward=max(0.0, 2 * sent - beside))
+        times = 1 if kept_ranks(how, context=layout.context, remat=layout.remat) > 1 else 2
+        return ContextTime(forward=sent, backward=max(0.0, times * sent - beside))
     sent = sum(
         collective_time_s("all_to_all", num_bytes=own * width, group=group, topology=topology)
         for width in (widths.query + keys, widths.mixed)

@@ -20,10 +20,10 @@ Traffic is counted as in `../../programs/collectives.py`: bytes that the busiest
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 from ...layers import ModelConfig, Remat, param_counts
 from ...layers.attention.counts import attention_widths
+from ...layers.context.choice import Way
 from ...layers.experts.kinds import layer_kinds, layers_by_kind
 from ...meshes import MeshSpec, PlanError
 from ...meshes.arguments import check_fields
@@ -62,7 +62,7 @@ class StepSizes:
     layers_per_stage: tuple[int, ...] | None = None
     vocab: Vocab = "ends"
     placement: Placement | None = None
-    context_attention: Literal["gather", "ulysses"] = "gather"
+    context_attention: Way = "gather"
 
     def __post_init__(self) -> None:
         check_fields(self, error=PlanError)
@@ -158,7 +158,10 @@ def explain_ratios(sizes: StepSizes, *, shard: Shard = "none", remat: Remat = "d
     if mesh.context > 1 and sizes.context_attention == "gather":
         again = "the backward gathers keys and values again, to keep those of its own tokens alone"
         found.append(f"{mesh.label('context')}: {again}; 1.5 times the minimum.")
-    elif mesh.context > 1 and remat != "none":
+    elif mesh.context > 1 and sizes.context_attention == "gather-once" and remat == "full":
+        again = "with remat='full' the forward that the backward repeats gathers keys and values again"
+        found.append(f"{mesh.label('context')}: {again}; 1.5 times the minimum.")
+    elif mesh.context > 1 and sizes.context_attention == "ulysses" and remat != "none":
         what = "what the forward has sent" if remat == "full" else "the exchanges before attention"
         found.append(f"{mesh.label('context')}: with remat={remat!r} the backward repeats {what}.")
     over = mesh.label(*_SUMMED)

@@ -13,6 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from trellax.layers import ModelConfig, Remat, Transformer, cross_entropy, model_rules
+from trellax.layers.context.choice import Way
 from trellax.layers.context.places import order_chunks
 from trellax.meshes import MeshSpec, ShardingRules, build_mesh
 from trellax.pipeline import (
@@ -201,7 +202,7 @@ def pipeline_step(
     overlap: Literal["auto", "on", "off"] = "auto",
     bubbles: Literal["zeros", "nan"] = "zeros",
     batch: dict[str, np.ndarray] | None = None,
-    context: Literal["gather", "ulysses"] = "gather",
+    context: Way = "gather",
     frozen: Callable[[str], bool] | None = None,
     loss: LossFn = next_token_loss,
     key: jax.Array | None = None,
@@ -234,11 +235,10 @@ def _with_norm(run: Callable[..., LossAndGrads]) -> Callable[..., tuple[LossAndG
     return step
 
 
-def _rules_of(
-    config: ModelConfig, mesh: Mesh, spec: MeshSpec, *, sequence: OnOff, context: Literal["gather", "ulysses"]
-) -> ShardingRules:
+def _rules_of(config: ModelConfig, mesh: Mesh, spec: MeshSpec, *, sequence: OnOff, context: Way) -> ShardingRules:
     rules = model_rules(config, mesh.shape, rules=ShardingRules.of(spec.roles))
     rules = rules.split_stream() if sequence == "on" else rules
+    rules = rules.keep_keys() if context == "gather-once" else rules
     return rules.exchange_heads() if context == "ulysses" else rules
 
 

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import pytest
 from trellax.layers import ModelConfig, Remat
+from trellax.layers.context.choice import Way
 
 from .law import OnOff, answer_of, beyond, broken, errors_of, pipeline_step, small_model
 from .packed import documents_one_by_one, packed_batch
@@ -35,7 +36,7 @@ class Case:
     vocab: Literal["ends", "split"] = "ends"
     remat: Remat = "none"
     num_chunks: int = 1
-    context: Literal["gather", "ulysses"] = "gather"
+    context: Way = "gather"
 
     def __str__(self) -> str:
         flags = (("window", self.window), ("experts", self.experts == "on"), ("packed", self.packed == "on"))
@@ -44,6 +45,7 @@ class Case:
             for name, is_on in (*flags, ("sequence", self.sequence == "on"), ("ulysses", self.context == "ulysses"))
             if is_on
         ]
+        more += ["once"] * (self.context == "gather-once")
         text = "-".join(
             (self.mesh, self.schedule, self.style, self.attention, *more, self.shard, self.vocab, self.remat)
         )
@@ -83,6 +85,10 @@ MORE_CASES = (
     Case(mesh="data=2,context=2,pipe=2", shard="step", vocab="split"),
     Case(mesh="data=2,context=2,pipe=2", shard="layer", packed="on", schedule="interleaved-1f1b", num_chunks=2),
     Case(mesh="context=4,pipe=2", shard="layer", remat="full"),
+    Case(mesh="context=2,tensor=2,pipe=2", context="gather-once", remat="dots", sequence="on", packed="on"),
+    Case(mesh="context=4,pipe=2", context="gather-once", schedule="zb-h1", style="qwen"),
+    Case(mesh="context=2,pipe=2", context="gather-once", schedule="zb-v", num_chunks=2, window=3, remat="full"),
+    Case(mesh="data=2,context=2,expert=2", context="gather-once", experts="on", shard="layer", remat="dots"),
     Case(mesh="context=2,pipe=2", experts="on"),
     Case(mesh="context=2,expert=2,pipe=2", experts="on", schedule="zb-h1"),
     Case(mesh="context=2,expert=2,tensor=2", experts="on", sequence="on"),

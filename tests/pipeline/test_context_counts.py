@@ -5,7 +5,7 @@ from typing import Any, get_args
 
 import pytest
 from trellax.commands.inspect_step import step_sizes
-from trellax.layers import Remat, activation_bytes
+from trellax.layers import ModelConfig, Remat, activation_bytes
 from trellax.layers.context.choice import choose_context_attention
 from trellax.plan.costs.activations import split_backward_bytes
 from trellax.programs import hlo_text
@@ -62,6 +62,33 @@ def test_gathers_send_what_the_formula_says(mesh: str, context: int, remat: str)
     least = next(row.minimum_bytes for row in report.traffic if row.axis == "context" and row.minimum_bytes)
     assert least >= 2 * once
     assert "context: the backward gathers keys and values again" in "".join(report.notes)
+
+
+def kept_bytes(model: ModelConfig, schedule: str, **shapes: Any) -> float:
+    """Return the bytes that a layer keeps of a microbatch."""
+    deferred = split_backward_bytes(model, **shapes) if schedule == "zb-h1" else 0
+    return activation_bytes(model, **shapes).layer + deferred
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("schedule", "remat"),
+    [("1f1b", "dots"), ("1f1b", "none"), ("zb-h1", "none"), ("zb-h1", "dots"), ("1f1b", "full")],
+)
+def test_a_gather_that_is_kept_sends_the_least_and_keeps_all_keys(schedule: str, remat: Remat) -> None:
+    extra = f"{WIDE} --mesh.context 4 --pipeline.remat {remat} --pipeline.schedule {schedule}"
+    twice, once = (
+        report_of("1x1x2", f"{extra} --pipeline.context_attention {how}") for how in ("gather", "gather-once")
+    )
+    model, sent = setup_of("1x1x2", extra).config.model, sent_over("context", once)
+    bytes_once = 2 * 8 * SEQ * model.kv_size * 4 * 3 // 4 * LAYERS * M
+    assert sent["all-gather"] == bytes_once * (2 if remat == "full" else 1)
+    assert sent["reduce-scatter"] == bytes_once
+    assert ("gathers keys and values again" in "".join(once.notes)) == (remat == "full")
+    shapes: dict[str, Any] = {"num_sequences": 8, "num_tokens": SEQ // 4, "tensor": 1, "remat": remat}
+    own, kept = (kept_bytes(model, schedule, key_ranks=ranks, **shapes) for ranks in (1, 4))
+    more = once.memory.activations - twice.memory.activations
+    assert more == pytest.approx(LAYERS * 2 * (kept - own), rel=0.02)
 
 
 def test_an_exchange_sends_what_the_formula_says() -> None:

@@ -7,9 +7,12 @@ from trellax.configs import load_config
 from trellax.configs.layout import layout_of, question_of
 from trellax.layers import ModelConfig
 from trellax.meshes import Axis, MeshSpec
+from trellax.plan.costs.activations import layer_activation_bytes
+from trellax.plan.costs.context_time import context_time
 from trellax.plan.costs.layout import Layout
 from trellax.plan.costs.memory_model import fullest, step_memory
 from trellax.plan.costs.minimum_traffic import StepSizes, explain_ratios, minimum_bytes
+from trellax.plan.costs.operations import LayerSize
 from trellax.plan.costs.runtime import TRELLAX
 from trellax.plan.legal_layouts import legal_layouts
 from trellax.plan.machines.topology import read_topology
@@ -40,7 +43,23 @@ def test_minimum_over_context_is_keys_and_values_or_heads_and_the_gradients() ->
 
 def test_what_is_above_the_minimum_is_explained() -> None:
     assert any("gathers keys and values again" in note for note in explain_ratios(sizes()))
-    assert explain_ratios(sizes(context_attention="ulysses"), remat="none", shard="step") == ()
+    for how in ("ulysses", "gather-once"):
+        assert explain_ratios(sizes(context_attention=how), remat="none", shard="step") == ()
+    notes = explain_ratios(sizes(context_attention="gather-once"), remat="full")
+    assert any("the forward that the backward repeats gathers keys and values again" in note for note in notes)
+
+
+def test_keys_that_are_kept_take_memory_and_less_time() -> None:
+    """A layer keeps keys and values of all tokens in place of a quarter, and the backward has one collective less."""
+    topology = read_topology("h200x8")
+    given: dict[str, Any] = {"num_tokens": 512, "runtime": TRELLAX}
+    layouts = [Layout(data=1, context=4, sequences=2, context_attention=how) for how in ("gather", "gather-once")]
+    own, kept = (layer_activation_bytes(MODEL, layout=layout, **given) for layout in layouts)
+    # Of 2 x 64 features in bfloat16: a device's own are not kept beside them.
+    assert kept - own == 2 * (512 - 512 / 4) * 2 * 64 * 2
+    size = LayerSize(sequences=2, queries=128, keys=512, tensor=1)
+    twice, once = (context_time(MODEL, size=size, layout=layout, topology=topology, beside=0.0) for layout in layouts)
+    assert once.forward == once.backward == twice.forward == twice.backward / 2
 
 
 def test_layouts_of_a_search_have_the_context_that_is_asked_for() -> None:

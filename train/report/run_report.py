@@ -22,6 +22,11 @@ from .stage_table import ranks_of_ends, tabulate_stages
 
 _MAX_GRID_COLUMNS = 100
 _MORE = " ..."
+_CONTEXT_WORDS = {
+    "gather": "keys and values gathered",
+    "gather-once": "keys and values gathered once, and kept",
+    "ulysses": "heads exchanged",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +98,7 @@ def _tell_mesh(setup: Setup) -> str:
     found = f"mesh      {sizes}: {len(devices)} x {devices[0].device_kind} ({devices[0].platform})"
     if sizes.context > 1:
         own = sizes.tokens_of_rank(setup.config.data.seq_len)
-        how = "keys and values gathered" if setup.context_attention == "gather" else "heads exchanged"
+        how = _CONTEXT_WORDS[setup.context_attention]
         found += f"\n          sequences over {sizes.label('context')}, {own} tokens on each, in two chunks; {how}"
     if setup.config.data.packing == "on":
         found += "\n          several documents in a sequence, attention within each (data.packing)"

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from ...layers import ModelConfig, activation_bytes, param_counts
+from ...layers.context.choice import kept_ranks
 from ...layers.experts.kinds import DENSE, layer_kinds, layers_by_kind
 from ...meshes.columns import align_within
 from ...meshes.terminal import fold
@@ -143,6 +144,7 @@ def _count_kept(setup: Setup) -> dict[ModelConfig, int]:
         "remat": config.pipeline.remat,
     }
     has_halves = any(action.kind == "W" for _, _, action in setup.schedule.placed())
+    shapes["key_ranks"] = kept_ranks(setup.context_attention, context=sizes.context, remat=config.pipeline.remat)
 
     def kept(model: ModelConfig) -> int:
         whole = activation_bytes(model, **shapes).layer

@@ -131,6 +131,14 @@ def test_outputs_and_gradients_equal_those_of_whole_sequences(
     assert differing(actual, jax.device_get(expected)) == {}
 
 
+@pytest.mark.parametrize("kernel", [FusedKernel(), PlainKernel()], ids=["fused", "plain"])
+def test_kept_keys_give_the_gradients_of_those_gathered_again(kernel: Kernel) -> None:
+    arrays = inputs(64, packed=isinstance(kernel, PlainKernel))
+    own = How(window=0, axes=("context",), kernel=kernel)
+    again, kept = (on_ranks(arrays, 4, how) for how in (own, own._replace(kept="all")))
+    jax.tree.map(np.testing.assert_array_equal, kept, again)
+
+
 @pytest.mark.parametrize("window", [0, 7])
 def test_documents_of_one_device_see_themselves_alone(window: int) -> None:
     arrays = inputs(200, packed=True)
