@@ -50,16 +50,10 @@ def attend_in_context(
         return attend_exchanged(q_BTNH, k_BTKH, v_BTKH, config=config, axes=context, **more)
     # cuDNN's kernel has no mask between two chunks but the causal one.
     is_plain = segments_BT is not None or config.attention_window or choose_kernel(config) == "xla"
-<<<<<<< HEAD
-    kernel = PlainKernel(config.attention_softcap) if is_plain else FusedKernel()
-    how = How(window=config.attention_window, axes=context, kernel=kernel)
-    return attend_gathered(q_BTNH, k_BTKH, v_BTKH, Limits(segments_BT, is_windowed, sinks_N), how)
-=======
     how = How(
         window=config.attention_window,
         axes=context,
         kernel=PlainKernel(config.attention_softcap) if is_plain else FusedKernel(),
         kept="own" if rules.axes("kept_keys") else "all",
     )
-    return attend_gathered(q_BTNH, k_BTKH, v_BTKH, Limits(segments_BT, is_windowed), how)
->>>>>>> h6
+    return attend_gathered(q_BTNH, k_BTKH, v_BTKH, Limits(segments_BT, is_windowed, sinks_N), how)

@@ -56,14 +56,10 @@ def attend_gathered(q_BtNH: jax.Array, k_BtKH: jax.Array, v_BtKH: jax.Array, lim
 
 
 class _Saved(NamedTuple):
-<<<<<<< HEAD
-    """Residuals, of this device's tokens: inputs and output, and the softmax's sums [2, B, N, n], sinks included."""
-=======
-    """Residuals, of this device's tokens: inputs and output, and the softmax's sums [2, B, N, n].
+    """Residuals, of this device's tokens: inputs and output, and the softmax's sums [2, B, N, n], sinks included.
 
     keys: own keys and values [B, t, K, H], or `_Keys` of all tokens.
     """
->>>>>>> h6
 
     q: jax.Array
     keys: Any
@@ -82,17 +78,12 @@ def _forward(
     keys = _Keys.gather(k_BtKH, v_BtKH, limits.segments, how.axes)
     keys = checkpoint_name(keys, GATHERED_KEYS) if how.kept == "all" else keys
     given = (q_BtNH, k_BtKH, v_BtKH, limits.segments, keys)
-<<<<<<< HEAD
     y_BtNH, sums = choose_window(limits.is_windowed, how.window, run, *given)
     if limits.sinks is not None:
         chunks, sums = add_sinks(_cut(y_BtNH), sums, limits.sinks)
         y_BtNH = _back(chunks)
     y_BtNH, sums = checkpoint_name((y_BtNH, sums), FLASH_OUTPUTS)
-    return y_BtNH, _Saved(q_BtNH, k_BtKH, v_BtKH, limits, y_BtNH, sums)
-=======
-    y_BtNH, sums = checkpoint_name(choose_window(limits.is_windowed, how.window, run, *given), FLASH_OUTPUTS)
     return y_BtNH, _Saved(q_BtNH, keys if how.kept == "all" else (k_BtKH, v_BtKH), limits, y_BtNH, sums)
->>>>>>> h6
 
 
 def _attend_pairs(
@@ -137,15 +128,11 @@ def _backward(how: How, saved: _Saved, grad_BtNH: jax.Array) -> tuple[Any, ...]:
         own = jax.lax.psum_scatter(of_all.astype(like.dtype), how.axes, scatter_dimension=0)
         return _back(own.astype(jnp.float32) + of_own).astype(like.dtype)
 
-<<<<<<< HEAD
     d_sinks_N = None
     if saved.limits.sinks is not None:
         d_sinks_N = sink_grads(_cut(grad_BtNH), _cut(saved.y), saved.sums, saved.limits.sinks)
-    d_k_BtKH, d_v_BtKH = home(d_k, own_d_k, saved.k), home(d_v, own_d_v, saved.v)
+    d_k_BtKH, d_v_BtKH = home(d_k, own_d_k, keys.k), home(d_v, own_d_v, keys.v)
     return _back(d_q).astype(saved.q.dtype), d_k_BtKH, d_v_BtKH, Limits(sinks=d_sinks_N)
-=======
-    return _back(d_q).astype(saved.q.dtype), home(d_k, own_d_k, keys.k), home(d_v, own_d_v, keys.v), None
->>>>>>> h6
 
 
 def _pair_grads(how: How, saved: _Saved, grad_BtNH: jax.Array, keys: "_Keys") -> tuple[jax.Array, ...]:
