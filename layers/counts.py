@@ -218,7 +218,7 @@ def activation_bytes(
         tensor, sequence: size of the axis that splits heads and features, and whether it splits x by tokens too.
 
     Raises:
-        ModelError: a count is below 1, or heads, feed-forward features or vocabulary do not split evenly over `tensor`.
+        ModelError: a count is below 1, or heads or feed-forward features do not split evenly over `tensor`.
     """
     _check_sizes(remat, sequence, num_sequences=num_sequences, num_tokens=num_tokens, tensor=tensor)
     model_rules(config, {"tensor": tensor})

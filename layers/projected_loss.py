@@ -68,14 +68,14 @@ def projected_cross_entropy(
         ShardingError: B does not split evenly over `data`, or V over its axes.
     """
     check_features(x_BTD, table_VD.shape[-1], layer="the head's table")
-    axes = _How(vocab=rules.axes("vocab"), tokens=rules.token_axes, shape=shape)
+    axes = _How(rules.axes("vocab"), rules.token_axes, shape)
     check_targets(targets_BT, weights_BT, shape=(x_BTD.shape[0], x_BTD.shape[1] * num_manual_blocks(axes.tokens)))
     rules.check_in_context(("vocab", "embed"), shape=table_VD.shape, name="the head's table")
     rules.check_in_context(of_x := ("batch", "stream_tokens", "embed"), shape=x_BTD.shape, name="x")
 
     def sum_losses(x_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array) -> jax.Array:
-        targets_BT, weights_BT = reject_unknown_targets(targets_BT, weights_BT, table_VD.shape[0], axes.vocab)
-        return _project(x_BTD, table_VD, targets_BT, weights_BT, axes)
+        words = shape.words or table_VD.shape[0] * num_manual_blocks(axes.vocab)
+        return _project(x_BTD, table_VD, *reject_unknown_targets(targets_BT, weights_BT, words), axes)
 
     # In blocks, so that gradients are summed once: left to the compiler, the table's would be in every chunk.
     in_dims = (of_x, ("vocab", "embed"), ("batch", "tokens"), ("batch", "tokens"))
@@ -110,7 +110,7 @@ def projected_scores(
 
         def chunk(carry: None, part: tuple[jax.Array, ...]) -> tuple[None, tuple[jax.Array, jax.Array]]:
             x_BtD, targets_Bt = part
-            logits_BtV = _logits(x_BtD, table_VD, shape)
+            logits_BtV = _logits(x_BtD, table_VD, axes)
             losses = token_losses(logits_BtV, targets_Bt, axes.vocab)
             top_Bt = max_blocks(logits_BtV.max(-1), axes.vocab)
             # The least word with the largest logit, as the largest of negative ones.
@@ -186,7 +186,7 @@ def _sum_chunks(
 
     def chunk(loss: jax.Array, part: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         x_BtD, targets_Bt, weights_Bt = part
-        losses = token_losses(_logits(x_BtD, table_VD, how.shape), targets_Bt, how.vocab)
+        losses = token_losses(_logits(x_BtD, table_VD, how), targets_Bt, how.vocab)
         return loss + weighted_sum(weights_Bt, losses.loss), None
 
     start = mark_varying(jnp.zeros((), jnp.float32), varying_axes(x_BTD, targets_BT, weights_BT, without=how.vocab))
@@ -201,7 +201,7 @@ def _differentiate_chunks(
 
     def chunk(sums: tuple[jax.Array, jax.Array], part: tuple[jax.Array, ...]) -> tuple[Any, Any]:
         x_BtD, targets_Bt, weights_Bt = part
-        logits_BtV = _logits(x_BtD, cast_VD, how.shape)
+        logits_BtV = _logits(x_BtD, cast_VD, how)
         losses = token_losses(logits_BtV, targets_Bt, how.vocab)
         # d loss / d logits = softmax - one-hot of the target, see loss.py.
         softmax_BtV = losses.exp / losses.sums[..., None]
@@ -227,8 +227,9 @@ def _differentiate_chunks(
     return _Grads(loss, grad_BTD.astype(x_BTD.dtype), grad_VD, loss_BT)
 
 
-def _logits(x_BTD: jax.Array, table_VD: jax.Array, shape: LogitShape) -> jax.Array:
-    return shape.apply(jnp.einsum("btd,vd->btv", x_BTD, table_VD, preferred_element_type=jnp.float32))
+def _logits(x_BTD: jax.Array, table_VD: jax.Array, how: _How) -> jax.Array:
+    logits_BTV = jnp.einsum("btd,vd->btv", x_BTD, table_VD, preferred_element_type=jnp.float32)
+    return how.shape.apply(logits_BTV, how.vocab)
 
 
 def _scan(chunk: Any, start: Any, parts: tuple[jax.Array, ...]) -> tuple[Any, Any]:
