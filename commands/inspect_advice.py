@@ -21,7 +21,7 @@ from ..meshes import MeshSpec, TrellaxError
 from ..meshes.spec import SHARDS
 from ..pipeline import lower, resolve_layers
 from ..plan import StepSizes
-from ..plan.costs.device_params import block_params, vocabulary_params
+from ..plan.costs.device_params import block_params, vocabulary_params, words_of_part
 from ..programs import Memory
 from ..schedules import build_schedule
 
@@ -127,10 +127,10 @@ class _Estimate:
         # One program runs on all ranks, so each has room for as many layers as the largest stage.
         room = sizes.layer_slots
         parts = mesh.pipe if sizes.vocab == "split" else 1
-        table, rest = vocabulary_params(config.model, tensor=mesh.tensor)
+        table, rest = vocabulary_params(config.model, parts=mesh.tensor * parts)
         split = {"tensor": mesh.tensor, "expert": mesh.expert}
         blocks = sum(count * block_params(kind, **split) for kind, count in room)
-        self.num_params = blocks + table / parts + rest
+        self.num_params = blocks + table + rest
         self.matrices = blocks * _BFLOAT16 if config.model.dtype == "bfloat16" else 0
         # Split over data are moments, parameters and gradients, in this order, by how much is sharded.
         split = [sizes.shards if SHARDS.index(config.train.shard) > number else 1 for number in range(3)]
@@ -143,7 +143,7 @@ class _Estimate:
         kept = sum(count * each for (_, count), each in zip(room, own, strict=True))
         self.activations = kept * _num_slots(config, mesh) / config.pipeline.chunks
         held = min(sizes.tokens, chunk_tokens(config.model.hidden_size))
-        logits = held * config.model.vocab_size // (mesh.tensor * parts) * _FLOAT32
+        logits = held * words_of_part(config.model, parts=mesh.tensor * parts) * _FLOAT32
         self.working = _WORKING_COPIES * (max(every) + logits)
 
     def total(self, memory: Memory, before: "_Estimate") -> int:

@@ -1,4 +1,4 @@
-"""Check that the model, vocabulary, layers and batch of a run divide evenly over its mesh."""
+"""Check that the model, layers and batch of a run divide evenly over its mesh."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,7 +19,6 @@ _MAX_FORWARDS_OF_AUTO = 10_000
 def find_mesh_errors(config: RunConfig, mesh: MeshSpec) -> Iterator[TrellaxError]:
     """Yield an error for each size of a run that does not divide over a mesh, none of whose sizes is -1."""
     yield from _check_widths(config.model, mesh)
-    yield from _check_vocab(config, mesh)
     yield from _check_depth(config, mesh)
     yield from errors_of(check_batch_splits, config, mesh)
     yield from errors_of(mesh.splits_tokens, config.data.seq_len)
@@ -91,30 +90,6 @@ def _check_experts(model: ModelConfig, mesh: MeshSpec) -> Iterator[TrellaxError]
     else:
         parts = {"over": over, "parts": mesh.expert, "error": ModelError}
         yield from errors_of(check_divides, "model.num_experts", model.num_experts, **parts)
-
-
-def _check_vocab(config: RunConfig, mesh: MeshSpec) -> Iterator[TrellaxError]:
-    """Yield an error unless the vocabulary splits over tensor, or over pipe x tensor with pipeline.vocab="split"."""
-    size, tensor, pipe = config.model.vocab_size, mesh.tensor, mesh.pipe
-    is_split = pipe > 1 and config.pipeline.vocab == "split"
-    parts = tensor * pipe if is_split else tensor
-    over = _keys_of(mesh, *mesh.roles.tensor)
-    over = f"mesh.{mesh.roles.pipe}={pipe} x {over}={tensor}" if is_split else over
-    _, larger = nearest_multiples(size, parts)
-    padded = f"pad it: model.vocab_size={larger}, whose last {larger - size} ids no text uses"
-    other = [] if size % tensor == 0 else [f"choose a tensor size that divides {size}"]
-    if is_split:
-        other.append("set pipeline.vocab='ends', which splits it over tensor alone")
-    yield from errors_of(
-        check_divides,
-        "model.vocab_size",
-        size,
-        over=over,
-        parts=parts,
-        error=ModelError,
-        rule="the table is divided evenly, but ",
-        fix=f"{padded}, or {' and '.join(other)}.",
-    )
 
 
 def _check_depth(config: RunConfig, mesh: MeshSpec) -> Iterator[TrellaxError]:

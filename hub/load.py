@@ -13,12 +13,12 @@ from jax.sharding import Mesh
 
 from ..layers import ModelConfig, Transformer, model_rules, param_dims
 from ..layers.partitioning import param_dtype
+from ..layers.vocabulary import natural_sharding, pad_tables
 from ..meshes import ConfigError, MeshAxes, MeshSpec, ShardingRules, build_mesh
 from ..meshes.arguments import check_choice
 from ..meshes.axes import DEFAULT_AXES
 from .model_folder import load_params, read_model_config
 from .run_params import Weights, check_weights
-from .saves.paths import path_text
 
 
 def load_model(
@@ -54,7 +54,9 @@ def load_model(
     mesh = build_mesh(MeshSpec(), devices=jax.devices()[:1]) if mesh is None else mesh
     rules = model_rules(config, mesh.shape, rules=ShardingRules.of(axes))
     model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), rules=rules))
-    nnx.update(model, load_params(folder, _param_shapes(model, config, rules, mesh), weights=weights))
+    params = load_params(folder, _param_shapes(model, config, rules, mesh), weights=weights)
+    ends = {name: params[name] for name in ("embed", "head")}
+    nnx.update(model, params | pad_tables(ends, rules=rules, mesh=mesh))
     return model
 
 
@@ -62,7 +64,7 @@ def _param_shapes(model: Transformer, config: ModelConfig, rules: ShardingRules,
     """Return the shapes, dtypes and shardings of the parameters of a model that has none yet."""
 
     def place(path: Any, dims: tuple[str, ...], leaf: Any) -> jax.ShapeDtypeStruct:
-        sharding = rules.sharding(dims, shape=leaf.shape, mesh=mesh, name=path_text(path))
+        sharding = natural_sharding(path, dims, leaf, rules=rules, mesh=mesh)
         kind = param_dtype(dims, config.dtype)
         return jax.ShapeDtypeStruct(leaf.shape, kind, sharding=sharding)
 

@@ -228,7 +228,7 @@ def activation_bytes(
         key_ranks: context ranks of `num_tokens` each whose keys and values are kept, 1 for those of the tokens alone.
 
     Raises:
-        ModelError: a count is below 1, or heads, feed-forward features or vocabulary do not split evenly over `tensor`.
+        ModelError: a count is below 1, or heads or feed-forward features do not split evenly over `tensor`.
     """
     _check_sizes(config, remat, sequence, num_sequences=num_sequences, num_tokens=num_tokens, tensor=tensor)
     item_bytes, numbers = _ITEM_BYTES[config.dtype], num_sequences * num_tokens

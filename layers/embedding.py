@@ -45,7 +45,8 @@ class Embedding(nnx.Module):
         """
         limit = self.config.max_tokens if self.positions is not None and positions_BT is None else None
         check_token_ids(tokens_BT, max_tokens=limit)
-        x_BTD = lookup(self.table[...], tokens_BT, dtype=self.config.dtype, rules=self.rules)
+        words = self.config.vocab_size
+        x_BTD = lookup(self.table[...], tokens_BT, num_words=words, dtype=self.config.dtype, rules=self.rules)
         if self.config.embedding_scale != 1:
             # Rounded to the compute dtype, as in transformers: Gemma was trained so.
             x_BTD = x_BTD * jnp.asarray(self.config.embedding_scale, x_BTD.dtype)
@@ -59,7 +60,12 @@ class Embedding(nnx.Module):
 
 
 def lookup(
-    table_VD: jax.Array, tokens_BT: jax.Array, *, dtype: DTypeLike = jnp.float32, rules: ShardingRules = DEFAULT_RULES
+    table_VD: jax.Array,
+    tokens_BT: jax.Array,
+    *,
+    num_words: int | None = None,
+    dtype: DTypeLike = jnp.float32,
+    rules: ShardingRules = DEFAULT_RULES,
 ) -> jax.Array:
     """Return the rows of a table whose vocabulary is split, without gathering the table.
 
@@ -74,27 +80,31 @@ def lookup(
     An id outside the vocabulary gets a row of NaN: the gather would clamp it to another word's row, a different one on
     each mesh.
 
+    Args:
+        num_words: size of the vocabulary, behind which the table has padding; all rows if left out.
+
     Raises:
         ShardingError: V does not split evenly over its axes, or B over `data`.
     """
     rules.check_in_context(("vocab", "embed"), shape=table_VD.shape, name="the embedding table")
     rules.check_in_context(("batch", "tokens"), shape=tokens_BT.shape, name="tokens")
-    own = partial(_lookup_block, axes=rules.axes("vocab"), split=rules.token_axes, dtype=dtype)
+    own = partial(_lookup_block, num_words=num_words, rules=rules, dtype=dtype)
     # In blocks for the gradient: the compiler's scatter makes that of the whole table on every device, and sums it.
     in_dims, out_dims = (("vocab", "embed"), ("batch", "tokens")), ("batch", "stream_tokens", "embed")
     return run_in_blocks(own, rules=rules, in_dims=in_dims, out_dims=out_dims)(table_VD, tokens_BT)
 
 
 def _lookup_block(
-    table_VD: jax.Array, tokens_BT: jax.Array, *, axes: tuple[str, ...], split: tuple[str, ...], dtype: DTypeLike
+    table_VD: jax.Array, tokens_BT: jax.Array, *, num_words: int | None, rules: ShardingRules, dtype: DTypeLike
 ) -> jax.Array:
-    block = table_VD.shape[0]
+    block, axes = table_VD.shape[0], rules.axes("vocab")
+    num_words = block * num_manual_blocks(axes) if num_words is None else num_words
     # Narrow types cannot hold the size of the vocabulary, and wide ones may hold an id that 32 bits would wrap.
     tokens_BT = tokens_BT if tokens_BT.dtype.itemsize > 4 else tokens_BT.astype(jnp.int32)
-    is_word_BT = (tokens_BT >= 0) & (tokens_BT < block * num_manual_blocks(axes))
+    is_word_BT = (tokens_BT >= 0) & (tokens_BT < num_words)
     local_BT = jnp.where(is_word_BT, tokens_BT, 0).astype(jnp.int32) - block_index(axes) * block
     is_own_BT = (local_BT >= 0) & (local_BT < block)
     rows_BTD = table_VD[jnp.where(is_own_BT, local_BT, 0)]
     # Rounded before the sum, which has one term besides zeros for each token: the result is the same.
     rows_BTD = jnp.where(is_own_BT[..., None], rows_BTD, 0.0).astype(dtype)
-    return leave_split(jnp.where(is_word_BT[..., None], rows_BTD, jnp.nan), axes, tokens=split)
+    return leave_split(jnp.where(is_word_BT[..., None], rows_BTD, jnp.nan), axes, tokens=rules.token_axes)

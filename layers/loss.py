@@ -47,7 +47,9 @@ def cross_entropy(
     """
     check_targets(targets_BT, weights_BT, shape=logits_BTV.shape[:-1])
     axes = rules.axes("vocab")
-    targets_BT, weights_BT = reject_unknown_targets(targets_BT, weights_BT, logits_BTV.shape[-1], axes)
+    targets_BT, weights_BT = reject_unknown_targets(
+        targets_BT, weights_BT, logits_BTV.shape[-1] * num_manual_blocks(axes)
+    )
     return weighted_sum(weights_BT, token_losses(logits_BTV, targets_BT, axes).loss)
 
 
@@ -87,17 +89,11 @@ def weighted_sum(weights_BT: jax.Array, loss_BT: jax.Array) -> jax.Array:
     return (weights_BT.astype(jnp.float32) * loss_BT).sum()
 
 
-def reject_unknown_targets(
-    targets_BT: jax.Array, weights_BT: jax.Array, num_words: int, axes: tuple[str, ...]
-) -> tuple[jax.Array, jax.Array]:
+def reject_unknown_targets(targets_BT: jax.Array, weights_BT: jax.Array, num_words: int) -> tuple[jax.Array, jax.Array]:
     """Return targets as int32, and weights that are NaN where a target is not in the vocabulary; a weight of 0 stays 0.
 
     An error cannot be raised inside a compiled program, and a target that no device has would cost log(sum) unnoticed.
-
-    Args:
-        num_words: words of this device's block.
     """
-    num_words *= num_manual_blocks(axes)
     # Narrow types cannot hold the size of the vocabulary, and wide ones may hold an id that 32 bits would wrap.
     targets_BT = targets_BT if targets_BT.dtype.itemsize > 4 else targets_BT.astype(jnp.int32)
     is_known_BT = (targets_BT >= 0) & (targets_BT < num_words) | (weights_BT == 0)

@@ -101,8 +101,8 @@ def projected_losses(
     rules.check_in_context(of_x := ("batch", "stream_tokens", "embed"), shape=x_BTD.shape, name="x")
 
     def sum_losses(x_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array) -> Any:
-        targets_BT, weights_BT = reject_unknown_targets(targets_BT, weights_BT, table_VD.shape[0], axes.vocab)
-        return tuple(_project(x_BTD, table_VD, targets_BT, weights_BT, axes))
+        words = shape.words or table_VD.shape[0] * num_manual_blocks(axes.vocab)
+        return tuple(_project(x_BTD, table_VD, *reject_unknown_targets(targets_BT, weights_BT, words), axes))
 
     # In blocks, so that gradients are summed once: left to the compiler, the table's would be in every chunk.
     in_dims = (of_x, ("vocab", "embed"), ("batch", "tokens"), ("batch", "tokens"))
@@ -140,7 +140,7 @@ def projected_scores(
 
         def chunk(carry: None, part: tuple[jax.Array, ...]) -> tuple[None, tuple[jax.Array, jax.Array]]:
             x_BtD, targets_Bt = part
-            logits_BtV = _logits(x_BtD, table_VD, shape)
+            logits_BtV = _logits(x_BtD, table_VD, axes)
             losses = token_losses(logits_BtV, targets_Bt, axes.vocab)
             top_Bt = max_blocks(logits_BtV.max(-1), axes.vocab)
             # The least word with the largest logit, as the largest of negative ones.
@@ -217,7 +217,7 @@ def _sum_chunks(
 
     def chunk(sums: ProjectedLosses, part: tuple[jax.Array, ...]) -> tuple[ProjectedLosses, None]:
         x_BtD, targets_Bt, weights_Bt = part
-        losses = token_losses(_logits(x_BtD, table_VD, how.shape), targets_Bt, how.vocab)
+        losses = token_losses(_logits(x_BtD, table_VD, how), targets_Bt, how.vocab)
         return _add(sums, _losses_of(losses, how), weights_Bt), None
 
     start = _zero_sums(x_BTD, targets_BT, weights_BT, how=how)
@@ -232,7 +232,7 @@ def _differentiate_chunks(
 
     def chunk(sums: tuple[ProjectedLosses, jax.Array], part: tuple[jax.Array, ...]) -> tuple[Any, Any]:
         x_BtD, targets_Bt, weights_Bt = part
-        logits_BtV = _logits(x_BtD, cast_VD, how.shape)
+        logits_BtV = _logits(x_BtD, cast_VD, how)
         losses = token_losses(logits_BtV, targets_Bt, how.vocab)
         error_BtV = how.shape.return_grad(_grad_of_logits(losses, targets_Bt, how), logits_BtV)
         # In the compute dtype, as every other gradient of an activation: matmuls 2 and 3 run at its speed.
@@ -281,8 +281,9 @@ def _add(sums: ProjectedLosses, parts: ProjectedLosses, weights_BT: jax.Array) -
     return jax.tree.map(lambda own, part: own + weighted_sum(weights_BT, part), sums, parts)
 
 
-def _logits(x_BTD: jax.Array, table_VD: jax.Array, shape: LogitShape) -> jax.Array:
-    return shape.apply(jnp.einsum("btd,vd->btv", x_BTD, table_VD, preferred_element_type=jnp.float32))
+def _logits(x_BTD: jax.Array, table_VD: jax.Array, how: _How) -> jax.Array:
+    logits_BTV = jnp.einsum("btd,vd->btv", x_BTD, table_VD, preferred_element_type=jnp.float32)
+    return how.shape.apply(logits_BTV, how.vocab)
 
 
 def _scan(chunk: Any, start: Any, parts: tuple[jax.Array, ...]) -> tuple[Any, Any]:

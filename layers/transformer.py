@@ -3,7 +3,6 @@
 It runs without a pipeline under `jax.jit` on any data x tensor mesh; `../pipeline/model/split.py` cuts it into stages.
 """
 
-import math
 from collections.abc import Mapping
 from typing import Any, get_args
 
@@ -13,6 +12,7 @@ from flax import nnx
 
 from ..meshes import DEFAULT_RULES, ModelError, ShardingRules
 from ..meshes.arguments import check_choice
+from ..meshes.device_axes import manual_axes
 from ..meshes.divisibility import check_divides
 from .block import Remat, run_blocks, stack_blocks, stacks_of
 from .collectives import enter_split, gather_tokens
@@ -45,14 +45,17 @@ class Head(nnx.Module):
     def __call__(self, x_BTD: jax.Array, *, embedding_VD: jax.Array) -> jax.Array:
         """x[B@data, T, D], embedding[V@tensor, D] (used when tied) -> logits[B@data, T, V@tensor].
 
-        Inside `shard_map` the tables are this device's rows, and so are the logits.
+        Inside `shard_map` the tables are this device's rows, and so are the logits; those of padding are the least
+        float32 (see `vocabulary.py`). Outside padding is cut, and where there is some V is whole on every device.
         """
+        axes = self.rules.axes("vocab")
         table_VD = self._table(embedding_VD).astype(self.config.dtype)
         x_BTD = gather_tokens(apply_norm(self.norm, x_BTD), self.rules.token_axes)
-        x_BTD, table_VD = enter_split(x_BTD, table_VD, self.rules.axes("vocab"))
+        x_BTD, table_VD = enter_split(x_BTD, table_VD, axes)
         logits_BTV = jnp.einsum("btd,vd->btv", x_BTD, table_VD, preferred_element_type=jnp.float32)
-        logits_BTV = LogitShape.of(self.config).apply(logits_BTV)
-        return self.rules.constrain(logits_BTV, ("batch", "tokens", "vocab"))
+        logits_BTV = LogitShape.of(self.config).apply(logits_BTV, axes)
+        logits_BTV = self.rules.constrain(logits_BTV, ("batch", "tokens", "vocab"))
+        return logits_BTV if manual_axes(axes) else logits_BTV[..., : self.config.vocab_size]
 
     def loss(
         self, x_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, *, embedding_VD: jax.Array
@@ -158,17 +161,19 @@ def model_rules(
 ) -> ShardingRules:
     """Return the rules fitted to a model and a mesh: too few key/value heads for the `tensor` axis are replicated.
 
+    A vocabulary need not divide: `split_transformer` and the server pad its tables, see `vocabulary.py`.
+
     Args:
         sizes: size of each mesh axis by name, as in `mesh.shape` or `MeshSpec.sizes`.
         rules: `ShardingRules.of(spec.roles)` if the axes have names of their own.
 
     Raises:
         MeshError: an axis with several devices has no role.
-        ModelError: heads, feed-forward features or vocabulary do not split evenly, with the equation.
+        ModelError: heads or feed-forward features do not split evenly, with the equation.
     """
     rules.check_axes(sizes)
     rules = add_dims(rules, config)
-    split = {"vocab_size": "vocab"} if config.block else {"num_heads": "heads", "vocab_size": "vocab"}
+    split = {} if config.block else {"num_heads": "heads"}
     if config.num_experts:
         split |= {"num_experts": "experts", "expert_size": "ffn", "shared_size": "ffn"}
     else:
@@ -203,8 +208,7 @@ def _check_no_experts(rules: ShardingRules, sizes: Mapping[str, int]) -> None:
 
 def _parts(rules: ShardingRules, dim: str, sizes: Mapping[str, int]) -> tuple[str, int]:
     """Return the axes of a dimension as text, and the number of parts they split it into."""
-    axes = rules.axes(dim)
-    return " x ".join(axes), math.prod(sizes.get(axis, 1) for axis in axes)
+    return " x ".join(rules.axes(dim)), rules.num_parts(dim, sizes)
 
 
 def param_dims(model: Transformer) -> dict[str, Any]:

@@ -144,6 +144,14 @@ class ShardingRules:
             )
         return _as_tuple(table[dim])
 
+    def num_parts(self, dim: Dim, sizes: Mapping[str, int]) -> int:
+        """Return the number of parts that a logical dimension is split into on a mesh of these sizes.
+
+        >>> DEFAULT_RULES.num_parts("vocab", {"data": 2, "tensor": 4})
+        4
+        """
+        return math.prod(sizes.get(axis, 1) for axis in self.axes(dim))
+
     def spec(self, dims: Sequence[Dim]) -> PartitionSpec:
         """Return the partition spec of an array with these logical dimensions.
 
@@ -183,12 +191,12 @@ class ShardingRules:
                 f"{name} has {len(shape)} dimensions {tuple(shape)} but {len(dims)} names {tuple(dims)}.",
                 fix="name every dimension once, None for one that has no rule.",
             )
-        for dim, size, axes in zip(dims, shape, map(self.axes, dims), strict=True):
-            parts = math.prod(sizes.get(axis, 1) for axis in axes)
+        for dim, size in zip(dims, shape, strict=True):
+            parts = self.num_parts(dim, sizes)
             check_divides(
                 f"{name}: dimension {dim!r}",
                 size,
-                over=" x ".join(axes),
+                over=" x ".join(self.axes(dim)),
                 parts=parts,
                 error=ShardingError,
                 fix=f"use a size that is a multiple of {parts}, or rules.replace({dim}=None) to replicate it.",

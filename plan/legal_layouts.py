@@ -11,7 +11,6 @@ from ..layers.context.choice import ContextAttention
 from ..layers.own.counts import split_features
 from ..meshes import Axis, MeshSpec
 from ..meshes.spec import Offload
-from ..schedules import Vocab
 from .costs.layout import Layout, PlanRemat, ZeroStage
 from .machines.topology import Topology
 
@@ -22,12 +21,13 @@ _MOST_RANKS_OF_A_V = 32
 """Ranks up to which V-shaped schedules are searched: they take seconds to build beyond."""
 
 
-def legal_meshes(model: ModelConfig, *, num_devices: int, vocab: Vocab, context: int = 1) -> Iterator[MeshSpec]:
-    """Yield every mesh of `num_devices` devices over which the model's heads, features, vocabulary and layers split.
+def legal_meshes(model: ModelConfig, *, num_devices: int, context: int = 1) -> Iterator[MeshSpec]:
+    """Yield every mesh of `num_devices` devices over which the model's heads, features and layers split.
+
+    A vocabulary need not divide: it is padded.
 
     Args:
         context: devices that share each sequence, the same in all meshes.
-        vocab: "split" divides the vocabulary over pipe x tensor, "ends" over tensor alone.
     """
     if num_devices % context:
         return
@@ -37,8 +37,7 @@ def legal_meshes(model: ModelConfig, *, num_devices: int, vocab: Vocab, context:
         if model.num_heads % tensor or _features(model) % tensor or not _splits_kv(model, tensor):
             continue
         for pipe in _divisors(num_devices // tensor):
-            parts = tensor * (pipe if vocab == "split" and pipe > 1 else 1)
-            if pipe <= model.num_layers and model.vocab_size % parts == 0:
+            if pipe <= model.num_layers:
                 yield MeshSpec(data=num_devices // (tensor * pipe), tensor=tensor, pipe=pipe, axes=more)
 
 
@@ -76,7 +75,6 @@ def legal_layouts(
     num_devices: int,
     batch_size: int,
     remats: tuple[PlanRemat, ...] = ("none", "dots", "full"),
-    vocab: Vocab = "split",
     contexts: tuple[int, ...] = (1,),
     offload: Offload = "none",
 ) -> Iterator[Layout]:
@@ -88,7 +86,7 @@ def legal_layouts(
     Args:
         contexts: sizes of the context axis to try, of which those that divide the devices are taken.
     """
-    for mesh in _meshes_of_contexts(model, num_devices=num_devices, vocab=vocab, contexts=contexts):
+    for mesh in _meshes_of_contexts(model, num_devices=num_devices, contexts=contexts):
         # Roles are looked up once for thousands of layouts.
         sizes = {"data": mesh.data, "tensor": mesh.tensor, "pipe": mesh.pipe, "context": mesh.context}
         if batch_size % sizes["data"] == 0:
@@ -120,11 +118,9 @@ def _layouts_of_mesh(
                         yield Layout(**over, **own, remat=remat, context_attention=how, **split)
 
 
-def _meshes_of_contexts(
-    model: ModelConfig, *, num_devices: int, vocab: Vocab, contexts: tuple[int, ...]
-) -> Iterator[MeshSpec]:
+def _meshes_of_contexts(model: ModelConfig, *, num_devices: int, contexts: tuple[int, ...]) -> Iterator[MeshSpec]:
     for context in contexts:
-        yield from legal_meshes(model, num_devices=num_devices, vocab=vocab, context=context)
+        yield from legal_meshes(model, num_devices=num_devices, context=context)
 
 
 def _splits_of_weights(model: ModelConfig, *, data: int, context: int) -> Iterator[tuple[ZeroStage, int]]:

@@ -12,6 +12,7 @@ from functools import cached_property
 from ..layers import ModelConfig, flops_per_token, param_counts
 from ..meshes.arguments import check_choice, check_count
 from ..meshes.errors import PlanError
+from .costs.device_params import words_of_part
 from .costs.inference_time import COMPILED, InferenceTime, Server, inference_time, kv_bytes_per_token, weight_bytes
 from .costs.layout import Layout
 from .costs.memory_model import MemoryUse
@@ -136,7 +137,8 @@ def serving_memory(question: ServeQuestion, layout: Layout) -> MemoryUse:
     cache = tokens * layers * kv_bytes_per_token(model, tensor=layout.tensor)
     # Elements of 16 bit for each token being read: the residual stream with its norms and branches, the feed-forward
     # part, and float32 logits (two elements each) of an eighth of the tokens.
-    width = 4 * model.hidden_size + 3 * model.ffn_size / layout.tensor + 2 * model.vocab_size / layout.tensor / 8
+    words = words_of_part(model, parts=layout.tensor)
+    width = 4 * model.hidden_size + 3 * model.ffn_size / layout.tensor + 2 * words / 8
     return MemoryUse(
         weights=weight_bytes(model, layout=layout, server=question.server),
         gradients=0.0,
@@ -187,7 +189,7 @@ def price_serving(question: ServeQuestion, layout: Layout) -> Plan:
 def _price_all(question: ServeQuestion) -> Iterable[Plan]:
     """Yield the plan of every mesh that the model splits over, without more copies of it than requests."""
     for count in device_counts(question.topology):
-        for mesh in legal_meshes(question.served_model, num_devices=count, vocab="ends"):
+        for mesh in legal_meshes(question.served_model, num_devices=count):
             if mesh.data <= (question.requests or mesh.data):
                 yield price_serving(question, Layout(data=mesh.data, tensor=mesh.tensor, pipe=mesh.pipe))
 

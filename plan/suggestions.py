@@ -151,8 +151,7 @@ def _kept(layout: Layout, chunks: int) -> tuple[int, ...] | None:
 
 def _meshes(question: TrainQuestion, layout: Layout) -> Iterator[MeshSpec]:
     """Yield the legal meshes of the layout's devices that the batch splits over."""
-    vocab, context = question.priced_runtime.vocab, layout.context
-    for mesh in legal_meshes(question.model, num_devices=layout.num_devices, vocab=vocab, context=context):
+    for mesh in legal_meshes(question.model, num_devices=layout.num_devices, context=layout.context):
         if question.batch_size % mesh.data == 0:
             yield mesh
 

@@ -160,7 +160,6 @@ def _layouts_of(question: TrainQuestion, num_devices: int, *, offload: Offload) 
         num_devices=num_devices,
         batch_size=question.batch_size,
         remats=question.remats,
-        vocab=question.priced_runtime.vocab,
         contexts=tuple(sorted(contexts)),
         offload=offload,
     )
@@ -204,14 +203,9 @@ def _nothing_fits(question: TrainQuestion) -> PlanError:
     pool = _make_pool(question, (topology.num_devices,), offload="optimizer")
     asked = f"{question.model.num_layers} layers of width {question.model.hidden_size} on {topology.name}"
     if not pool.layouts:
-        vocab = question.priced_runtime.vocab
-        meshes = list(legal_meshes(question.model, num_devices=topology.num_devices, vocab=vocab))
-        datas = sorted({mesh.data for mesh in meshes})
+        datas = sorted({mesh.data for mesh in legal_meshes(question.model, num_devices=topology.num_devices)})
         why = f"train.batch_size={question.batch_size} splits over none of data={', '.join(map(str, datas))}"
-        return PlanError(
-            f"no layout of {asked}: {why if meshes else 'heads, features and vocabulary split over no mesh'}.",
-            fix=f"set train.batch_size to a multiple of {datas[0]}." if meshes else "pad model.vocab_size.",
-        )
+        return PlanError(f"no layout of {asked}: {why}.", fix=f"set train.batch_size to a multiple of {datas[0]}.")
     count = smallest_fitting(question)
     fixes = [f"use {count} or more devices"] if count else []
     fixes.append("a smaller model or shorter sequences")

@@ -26,7 +26,7 @@ def check_model(
 
     Raises:
         MeshError: an axis with several devices has no role.
-        ModelError: heads, feed-forward features or vocabulary do not split over `tensor`.
+        ModelError: heads or feed-forward features do not split over `tensor`.
         ScheduleError: there are fewer layers than stages.
         ServeError: `max_tokens` is below 1, the cache is longer than the context of the model, an axis splits experts
             or the tokens of a sequence, or a class of the user's has no cache.

@@ -18,6 +18,7 @@ from ..layers import ModelConfig, Transformer, model_rules, param_dims
 from ..layers.experts.kinds import LayerKind, layer_kinds
 from ..layers.partitioning import param_dtype
 from ..layers.quantized import SCALE, Weights, quantize_layers
+from ..layers.vocabulary import natural_sharding, pad_tables
 from ..meshes import MeshAxes, ShardingRules, mesh_sizes
 from ..meshes.axes import DEFAULT_AXES
 from ..meshes.rules import split_first_free_dim
@@ -42,7 +43,8 @@ def param_shapes(
     """Return shapes and shardings of a `Transformer`'s parameters in natural order, for a reader to fill.
 
     They are a tree {"embed", "blocks", "head"}, blocks [L@pipe, ...]. If pipe does not divide the number of layers, it
-    splits the first other dimension that it divides.
+    splits the first other dimension that it divides. If tensor does not divide the vocabulary, it splits the features
+    of its tables.
 
     Args:
         dtype: dtype of all parameters but the weights of routers, which are float32 as in training; by default the
@@ -52,7 +54,7 @@ def param_shapes(
 
     Raises:
         MeshError: an axis with several devices has no role.
-        ModelError: heads, feed-forward features or vocabulary do not split over the mesh.
+        ModelError: heads or feed-forward features do not split over the mesh.
         ScheduleError: there are fewer layers than pipe stages.
         ServeError: an axis splits experts.
     """
@@ -65,9 +67,8 @@ def param_shapes(
 
     def place(path: Any, dims: tuple[str, ...], leaf: Any) -> jax.ShapeDtypeStruct:
         name = jax.tree_util.keystr(path, simple=True, separator=".")
-        own = rules.sharding(dims, shape=leaf.shape, mesh=mesh, name=name)
-        if dims[0] == "layer":
-            own = _split_over_pipe(own, leaf.shape, pipe=axes.pipe)
+        own = natural_sharding(path, dims, leaf, rules=rules, mesh=mesh)
+        own = _split_over_pipe(own, leaf.shape, pipe=axes.pipe) if dims[0] == "layer" else own
         return jax.ShapeDtypeStruct(leaf.shape, _dtype_of(name, leaf, dims, dtype or config.dtype), sharding=own)
 
     return jax.tree_util.tree_map_with_path(place, param_dims(model), shapes, is_leaf=_is_dims)
@@ -103,7 +104,7 @@ def stage_shapes(
     """Return shapes and shardings of parameters in stages: blocks are a tuple of [P@pipe, layers, ...].
 
     Embedding and head are replicated over pipe, although only the first and the last stage use them. Layers that read
-    the same input are joined, as in a training step.
+    the same input are joined, as in a training step. Tables are padded where tensor does not divide the vocabulary.
     """
     natural = param_shapes(config, mesh=mesh, dtype=dtype, axes=axes, weights=weights)
     blocks: list[Any] = []
@@ -113,7 +114,13 @@ def stage_shapes(
         joined = jax.eval_shape(lambda cut, block=block: [_join(block, mesh, axes.pipe, stack) for stack in cut], cut)
         shardings = _stage_shardings(block.joined_specs, mesh, axes.pipe)
         blocks += [jax.tree.map(_place, stack, shardings) for stack in joined]
-    return natural | {"blocks": tuple(blocks)}
+    return {"blocks": tuple(blocks), **_pad_ends(natural, mesh, axes)}
+
+
+def _pad_ends(params: Any, mesh: Mesh, axes: MeshAxes) -> Any:
+    """Return embedding and head with tables as the devices hold them."""
+    ends = {name: params[name] for name in ("embed", "head")}
+    return pad_tables(ends, rules=ShardingRules.of(axes), mesh=mesh)
 
 
 def stage_params(
@@ -134,7 +141,7 @@ def stage_params(
         given = _of_kind(params["blocks"], kind)
         block = block_on(mesh, kind.config, axes=axes, weights=weights)
         blocks += _cut_kind(given, stacks, block, mesh=mesh, pipe=axes.pipe)
-    return params | {"blocks": tuple(blocks)}
+    return {"blocks": tuple(blocks), **_pad_ends(params, mesh, axes)}
 
 
 def _cut_kind(blocks: Any, stacks: Stacks, block: JoinedBlock, *, mesh: Mesh, pipe: str) -> list[Any]:

@@ -139,14 +139,9 @@ class Stage:
         """
         head: Head = nnx.merge(self._graphs["head"], params["head"])
         logits_B1V = head(x_B1D, embedding_VD=params["embed"]["table"])
-        choice = choose(
-            logits_B1V[:, 0],
-            settings,
-            read_seen=read_seen,
-            read_allowed=read_allowed,
-            position_B=position_B,
-            axes=self.vocab_axes,
-        )
+        own: dict[str, Any] = {"axes": self.vocab_axes, "vocab_size": self.config.vocab_size}
+        reads: dict[str, Any] = {"read_seen": read_seen, "read_allowed": read_allowed}
+        choice = choose(logits_B1V[:, 0], settings, **reads, position_B=position_B, **own)
         return jax.tree.map(self.vary, choice)
 
     def pass_on(self, x: jax.Array, *, shape: Literal["line", "ring"]) -> jax.Array:

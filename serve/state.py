@@ -9,6 +9,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from ..layers import KVCache, ModelConfig
 from ..layers.attention.cache import CacheDtype, cache_shapes
+from ..layers.vocabulary import stored_words
 from ..meshes import MeshAxes, ServeError, ShardingRules
 from ..meshes.arguments import check_count, check_fields
 from ..meshes.axes import DEFAULT_AXES
@@ -133,7 +134,7 @@ def state_shapes(
 ) -> ServeState:
     """Return shapes and shardings of the state."""
     rules = ShardingRules.of(axes)
-    num_ranks = mesh.shape[rules.mesh_axes.pipe]
+    num_ranks, vocab_parts = mesh.shape[rules.mesh_axes.pipe], rules.num_parts("vocab", mesh.shape)
 
     def leaf(shape: tuple[int, ...], dtype: Any, *dims: str) -> jax.ShapeDtypeStruct:
         sharding = NamedSharding(mesh, rules.spec(("stage", "batch", *dims)))
@@ -155,7 +156,7 @@ def state_shapes(
         is_open=leaf((sizes.slots,), jnp.bool_),
         x=leaf((moving, 1, config.hidden_size), config.dtype),
         is_full=leaf((moving,), jnp.bool_),
-        seen=leaf((sizes.slots, config.vocab_size), jnp.int32, "vocab"),
+        seen=leaf((sizes.slots, stored_words(config.vocab_size, parts=vocab_parts)), jnp.int32, "vocab"),
         busy=leaf((sizes.num_shards,), jnp.int32),
     )
 

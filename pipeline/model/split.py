@@ -23,6 +23,7 @@ from ...layers.block import rematerialize
 from ...layers.dropout import BranchNoise
 from ...layers.experts.kinds import LayerKind, layer_kinds, layer_pattern
 from ...layers.lora.check_config import ADAPTERS, TRAINED
+from ...layers.vocabulary import resize_tables, stored_words
 from ...meshes import DEFAULT_RULES, ScheduleError, ShardingError, ShardingRules
 from ...meshes.arguments import check_choice
 from ...schedules import Placement, Vocab
@@ -91,7 +92,9 @@ def split_transformer(
     rules = _place_vocab(rules, vocab, mesh)
     sizes = {"num_ranks": mesh.shape[rules.mesh_axes.pipe], "num_chunks": num_chunks}
     counts = check_layers(config.num_layers, layers_per_stage=layers_per_stage, **sizes)
-    make_params = partial(_make_params, config, where := Placement.resolve(placement, **sizes), counts)
+    where = Placement.resolve(placement, **sizes)
+    num_rows = stored_words(config.vocab_size, parts=rules.num_parts("vocab", mesh.shape))
+    make_params = partial(_make_params, config, where, counts, num_rows)
     model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), rules=rules))
     shapes = jax.eval_shape(make_params, jax.ShapeDtypeStruct((), "uint32"))
     shardings = _shardings(_cut_dims(param_dims(model)), shapes, rules, mesh, shard)
@@ -124,14 +127,17 @@ def _init(make: Callable[[jax.Array], PipelineParams], seed: int) -> PipelinePar
         return make(jnp.uint32(seed))
 
 
-def _make_params(config: ModelConfig, where: Placement, counts: tuple[int, ...], seed: jax.Array) -> PipelineParams:
+def _make_params(
+    config: ModelConfig, where: Placement, counts: tuple[int, ...], num_rows: int, seed: jax.Array
+) -> PipelineParams:
     model = Transformer(config, rngs=nnx.Rngs(params=jax.random.key(seed)))
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     sizes = {"num_ranks": where.num_ranks, "num_chunks": where.num_chunks}
     blocks = stages_from_layers(
         params["blocks"], layers_per_stage=counts, pattern=layer_pattern(config), placement=where, **sizes
     )
-    made = PipelineParams(stages=blocks, shared={"embed": params["embed"], "head": params["head"]})
+    shared = resize_tables({"embed": params["embed"], "head": params["head"]}, num_rows)
+    made = PipelineParams(stages=blocks, shared=shared)
     return _cast_frozen(config.dtype, made) if config.lora_rank else made
 
 

@@ -6,6 +6,7 @@ from ...layers import ModelConfig, param_counts
 from ...layers.attention.counts import attention_vectors, attention_weights
 from ...layers.own.check_config import has_own_classes
 from ...layers.own.counts import device_sizes
+from ...layers.vocabulary import stored_words
 from ...schedules import Placement
 from .held_layers import KindCounts
 from .layout import Layout
@@ -80,12 +81,27 @@ def _columns(model: ModelConfig, tensor: int) -> tuple[int, int]:
     return heads, heads + num_up * (model.shared_size if model.num_experts else model.ffn_size) // tensor
 
 
-def vocabulary_params(model: ModelConfig, *, tensor: int) -> tuple[int, int]:
-    """Return the parameters of embedding and head on one device: those split over the vocabulary, and those whole."""
+def device_words(model: ModelConfig, *, layout: Layout, runtime: Runtime) -> int:
+    """Return the rows of a table on one device that has a part of it, with the padding of the vocabulary."""
+    is_split = runtime.vocab == "split" and layout.pipe > 1
+    return words_of_part(model, parts=layout.tensor * (layout.pipe if is_split else 1))
+
+
+def words_of_part(model: ModelConfig, *, parts: int) -> int:
+    """Return the rows of each of the parts of a table, with the padding of the vocabulary."""
+    return stored_words(model.vocab_size, parts=parts) // parts
+
+
+def vocabulary_params(model: ModelConfig, *, parts: int) -> tuple[int, int]:
+    """Return the parameters of embedding and head on one device: those split over the vocabulary, and those whole.
+
+    Args:
+        parts: devices that the vocabulary is split over: tensor, or pipe x tensor.
+    """
     counts = param_counts(model)
-    tables = counts.embedding * (1 if model.embeddings == "tied" else 2)
+    tables = words_of_part(model, parts=parts) * model.hidden_size * (1 if model.embeddings == "tied" else 2)
     norm = counts.head - (counts.embedding if model.embeddings == "untied" else 0)
-    return tables // tensor, counts.positions + norm
+    return tables, counts.positions + norm
 
 
 def ends_of(placement: Placement, rank: int) -> tuple[End, ...]:
@@ -103,7 +119,7 @@ def device_params(
         layers: those that the rank holds.
         ends: which of embedding and head the rank holds; without effect if the vocabulary is split over the ranks.
     """
-    whole = vocabulary_params(model, tensor=layout.tensor)[1]
+    whole = vocabulary_params(model, parts=layout.tensor)[1]
     has_whole = layout.pipe == 1 or runtime.vocab == "split" or ends
     matrices = device_matrices(model, layout=layout, runtime=runtime, layers=layers, ends=ends)
     split = {"tensor": layout.tensor, "expert": layout.expert}
@@ -115,11 +131,10 @@ def device_matrices(
     model: ModelConfig, *, layout: Layout, runtime: Runtime, layers: KindCounts, ends: tuple[End, ...]
 ) -> float:
     """Return the number of weights in kernels and tables on one device, as `device_params` counts all parameters."""
-    tables = vocabulary_params(model, tensor=layout.tensor)[0]
+    table = device_words(model, layout=layout, runtime=runtime) * model.hidden_size
+    tables = table * (1 if model.embeddings == "tied" else 2)
     split = {"tensor": layout.tensor, "expert": layout.expert}
     blocks = sum(count * block_matrices(kind, **split) for kind, count in layers)
-    if layout.pipe == 1 or (runtime.vocab == "ends" and len(ends) == 2):
+    if layout.pipe == 1 or runtime.vocab == "split" or len(ends) == 2:
         return blocks + tables
-    if runtime.vocab == "split":
-        return blocks + tables / layout.pipe
-    return blocks + (model.vocab_size * model.hidden_size // layout.tensor if ends else 0)
+    return blocks + (table if ends else 0)

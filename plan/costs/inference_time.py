@@ -16,7 +16,7 @@ from ...meshes.arguments import check_count, check_fields
 from ..machines.collective_time import Group, collective_time_s, make_group
 from ..machines.kernel_time import matmul_time_s, memory_time_s
 from ..machines.topology import Topology
-from .device_params import block_params
+from .device_params import block_params, words_of_part
 from .layout import Layout
 from .operations import LayerSize, Product, Stream, item_bytes, layer_operations
 from .product_format import FORMATS, FormatName
@@ -127,7 +127,8 @@ def decode_time_s(
     given: dict[str, Any] = {"layout": layout, "topology": topology, "batch": batch, "context": context}
     layers = sum(kind.num_layers * _decode_layer_s(kind.config, **given, server=server) for kind in layer_kinds(model))
     # Reading the head's table in 16 bit takes longer than its product with a few tokens.
-    head = memory_time_s(topology.accelerator, num_bytes=2 * model.vocab_size * model.hidden_size / layout.tensor)
+    words = words_of_part(model, parts=layout.tensor)
+    head = memory_time_s(topology.accelerator, num_bytes=2 * words * model.hidden_size)
     message = batch * model.hidden_size * item_bytes(model)
     return layers + head + _hops_s(message, layout=layout, topology=topology)
 
@@ -224,7 +225,8 @@ def _prefill_s(
     """Return the seconds of all prompts through all stages, without dividing them into groups."""
     given: dict[str, Any] = {"layout": layout, "topology": topology, "batch": batch, "num_tokens": num_tokens}
     layers = sum(kind.num_layers * _prefill_layer_s(kind.config, **given, server=server) for kind in layer_kinds(model))
-    head = memory_time_s(topology.accelerator, num_bytes=2 * model.vocab_size * model.hidden_size / layout.tensor)
+    words = words_of_part(model, parts=layout.tensor)
+    head = memory_time_s(topology.accelerator, num_bytes=2 * words * model.hidden_size)
     message = batch * num_tokens * model.hidden_size * item_bytes(model)
     return layers + head + _hops_s(message, layout=layout, topology=topology)
 

@@ -238,9 +238,10 @@ def _vocabulary(sizes: StepSizes, rank: int) -> Iterator[tuple[str, float]]:
     """Yield the traffic of embedding, final norm, head and loss: their gradients and the collectives of their split."""
     model, mesh, runs = sizes.model, sizes.mesh, sizes.num_microbatches
     # Frozen tables have no gradients.
-    table, whole = (0, 0) if model.lora_rank else vocabulary_params(model, tensor=mesh.tensor)
-    pipe, tensor = mesh.label("pipe"), mesh.label("tensor")
     is_copied = sizes.vocab == "ends" or mesh.pipe == 1
+    parts = mesh.tensor * (1 if is_copied else mesh.pipe)
+    table, whole = (0, 0) if model.lora_rank else vocabulary_params(model, parts=parts)
+    pipe, tensor = mesh.label("pipe"), mesh.label("tensor")
     loss = 3 * sizes.tokens * _FLOAT32 * runs  # maximum, normaliser, target logit
     if is_copied:
         yield mesh.label("pipe", *_SUMMED), _updated(sizes, table, 0, over=mesh.pipe * sizes.shards)
@@ -251,7 +252,7 @@ def _vocabulary(sizes: StepSizes, rank: int) -> Iterator[tuple[str, float]]:
         yield tensor, num_sent * _all_reduce(mesh.tensor)
         return
     # Run by all ranks together, norm and positions have the same gradient on each.
-    yield mesh.label(*_SUMMED), _updated(sizes, table / mesh.pipe, 0, over=sizes.shards)
+    yield mesh.label(*_SUMMED), _updated(sizes, table, 0, over=sizes.shards)
     yield _sum_whole(sizes, whole, *_SUMMED)
     # x of the embedding and dy of the head are summed onto one rank, y and dx sent from one rank to all. Each device
     # of a tensor group needs to send its slice alone over pipe; before and after, the group exchanges slices.

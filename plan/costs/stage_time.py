@@ -14,6 +14,7 @@ from ...schedules import Placement, StageCost
 from ..machines.collective_time import collective_time_s, make_group
 from ..machines.kernel_time import matmul_time_s, memory_time_s
 from ..machines.topology import Topology
+from .device_params import device_words
 from .layer_time import LayerTime
 from .layout import Layout
 from .operations import item_bytes
@@ -131,8 +132,7 @@ def _embedding(model: ModelConfig, *, tokens: float, layout: Layout, topology: T
 
 def _head(model: ModelConfig, *, tokens: float, layout: Layout, runtime: Runtime, topology: Topology) -> StageCost:
     """Return the seconds of the head's products and of the loss, for this device's columns of the vocabulary."""
-    is_split = runtime.vocab == "split" and layout.pipe > 1
-    columns = model.vocab_size / (layout.tensor * (layout.pipe if is_split else 1))
+    columns = device_words(model, layout=layout, runtime=runtime)
     device, d = topology.accelerator, model.hidden_size
     forward, input_grad, weight_grad = (
         matmul_time_s(device, m=m, n=n, k=k, dtype=model.dtype)

@@ -13,7 +13,7 @@ from ...layers.attention.blockwise import row_blocks
 from ...layers.attention.counts import attention_widths
 from ...layers.projected_loss import chunk_tokens
 from .activations import boundary_bytes, layer_activation_bytes
-from .device_params import End, block_params, expert_matrices, vocabulary_params
+from .device_params import End, block_params, device_words, expert_matrices
 from .held_layers import KindCounts
 from .layout import Layout
 from .operations import item_bytes
@@ -52,7 +52,7 @@ def temporary_bytes(
             loss -= gradients
         elif layout.tensor > 1 or layout.zero == 3:
             # XLA adds the gradient of the head's table to its sum when the layers are done.
-            once += _FLOAT32 * _words(model, layout=layout, runtime=runtime) * model.hidden_size
+            once += _FLOAT32 * device_words(model, layout=layout, runtime=runtime) * model.hidden_size
     return max(loss, once) + runtime.workspace_bytes
 
 
@@ -120,11 +120,6 @@ def _is_vocab_split(layout: Layout, runtime: Runtime) -> bool:
     return runtime.vocab == "split" and layout.pipe > 1
 
 
-def _words(model: ModelConfig, *, layout: Layout, runtime: Runtime) -> float:
-    """Return the words of the vocabulary on a device that has a part of the head."""
-    return model.vocab_size / layout.tensor / (layout.pipe if _is_vocab_split(layout, runtime) else 1)
-
-
 def _loss_bytes(model: ModelConfig, *, layout: Layout, runtime: Runtime, num_tokens: int) -> float:
     """Return the bytes of trellax's loss (`../../layers/projected_loss.py`).
 
@@ -132,7 +127,7 @@ def _loss_bytes(model: ModelConfig, *, layout: Layout, runtime: Runtime, num_tok
     gradient, both of all tokens.
     """
     tokens, item = layout.sequences * num_tokens / layout.context, item_bytes(model)
-    held, words = min(tokens, chunk_tokens(model.hidden_size)), _words(model, layout=layout, runtime=runtime)
+    held, words = min(tokens, chunk_tokens(model.hidden_size)), device_words(model, layout=layout, runtime=runtime)
     both, d = _FLOAT32 + item, model.hidden_size
     if _is_one_microbatch(layout):
         # The table's gradient is counted as the step's.
@@ -154,7 +149,7 @@ def _megatron_loss_bytes(
     """
     tokens, item = layout.sequences * num_tokens / layout.context, item_bytes(model)
     held = min(tokens, chunk_tokens(model.hidden_size)) if runtime.logits == "chunked" else tokens
-    logits = held * _words(model, layout=layout, runtime=runtime) if has_head else 0.0
+    logits = held * device_words(model, layout=layout, runtime=runtime) if has_head else 0.0
     left = logits * (_FLOAT32 + item) + _backward_bytes(model, layout=layout, tokens=tokens)
     return max(logits * runtime.loss_bytes, left)
 
@@ -177,11 +172,11 @@ def gathered_tables(model: ModelConfig, *, layout: Layout, runtime: Runtime) -> 
     is_gathered = layout.zero >= 2 or layout.fsdp > 1
     if runtime.residuals != "trellax" or not is_gathered:
         return TableBytes(copies=0.0, gradients=0.0)
-    tables = vocabulary_params(model, tensor=layout.tensor)[0]
-    whole = _FLOAT32 * tables / (layout.pipe if _is_vocab_split(layout, runtime) else 1)
+    num_tables = 1 if model.embeddings == "tied" else 2
+    whole = _FLOAT32 * num_tables * model.hidden_size * device_words(model, layout=layout, runtime=runtime)
     rest = whole * (1 - 1 / (layout.replicas * layout.context)) if layout.zero != 2 else 0.0
     if _is_one_microbatch(layout):
-        return TableBytes(copies=0.0, gradients=rest / (1 if model.embeddings == "tied" else 2))
+        return TableBytes(copies=0.0, gradients=rest / num_tables)
     return TableBytes(copies=whole, gradients=rest)
 
 

@@ -9,7 +9,7 @@ from ...layers import ModelConfig
 from ..machines.collective_time import CollectiveKind, Group, collective_time_s, make_group
 from ..machines.kernel_time import memory_time_s
 from ..machines.topology import Topology
-from .device_params import End, block_matrices, device_params, expert_matrices, trained_params
+from .device_params import End, block_matrices, device_params, device_words, expert_matrices, trained_params
 from .held_layers import KindCounts
 from .layout import Layout
 from .runtime import Runtime
@@ -109,6 +109,6 @@ def _tied_s(model: ModelConfig, *, layout: Layout, runtime: Runtime, topology: T
     if layout.pipe == 1 or model.embeddings == "untied" or runtime.vocab == "split" or runtime.adapter_rank:
         return 0.0
     stride = layout.tensor * layout.context * layout.replicas * (layout.pipe - 1)
-    table = runtime.gradient_bytes * model.vocab_size * model.hidden_size / layout.tensor
+    table = runtime.gradient_bytes * model.hidden_size * device_words(model, layout=layout, runtime=runtime)
     group = make_group(topology, size=2, stride=stride)
     return collective_time_s("all_reduce", num_bytes=table, group=group, topology=topology)

@@ -58,6 +58,7 @@ def choose(
     read_allowed: Callable[[], jax.Array],
     position_B: jax.Array,
     axes: tuple[str, ...],
+    vocab_size: int | None = None,
 ) -> Choice:
     """Choose one token per row: logits[B@data, V@tensor] in float32 -> tokens[B@data].
 
@@ -71,7 +72,9 @@ def choose(
         read_allowed: returns the bits of the tokens that constrained rows may choose [B@data, W], as `allowed.py` reads
             them.
         position_B: positions of the tokens to choose in their sequences.
+        vocab_size: number of tokens, behind which the logits are padding; all of them if left out.
     """
+    vocab_size = logits_BV.shape[-1] * num_manual_blocks(axes) if vocab_size is None else vocab_size
     changed_BV = change_logits(logits_BV, settings, read_seen=read_seen, axes=axes)
     changed_BV = jax.lax.cond(
         settings.is_constrained.any(),
@@ -79,15 +82,15 @@ def choose(
         lambda x: x,
         changed_BV,
     )
-    scores_BV = _score(changed_BV, settings, position_B, axes)
+    scores_BV = _score(changed_BV, settings, position_B, axes, vocab_size)
     # From the original logits, since a filter may drop a NaN. The maximum is NaN if any logit is.
     token_B = _find_largest(scores_BV, is_finite_B=jnp.isfinite(logits_BV.max(-1)), axes=axes)
     reason_B = finish_reasons(token_B, settings, length_B=position_B + 1)
-    return Choice(token_B, reason_B, _logprobs(logits_BV, token_B, settings, axes))
+    return Choice(token_B, reason_B, _logprobs(logits_BV, token_B, settings, axes, vocab_size))
 
 
 def _score(
-    changed_BV: jax.Array, settings: SamplingSettings, position_B: jax.Array, axes: tuple[str, ...]
+    changed_BV: jax.Array, settings: SamplingSettings, position_B: jax.Array, axes: tuple[str, ...], vocab_size: int
 ) -> jax.Array:
     """Return scores of which the largest is the choice: logits by temperature and filters, with noise for a draw."""
     # A row of temperature 0 is divided by 1 and gets no noise.
@@ -99,7 +102,7 @@ def _score(
     cut_BV = jax.lax.cond(is_cut_B.any(), lambda x: _cut(x, settings, is_cut_B, axes), lambda x: x, scaled_BV)
 
     def add_noise(x_BV: jax.Array) -> jax.Array:
-        return jnp.where(is_drawn_B[:, None], x_BV + _noise(x_BV, settings, position_B, axes), x_BV)
+        return jnp.where(is_drawn_B[:, None], x_BV + _noise(x_BV, settings, position_B, axes, vocab_size), x_BV)
 
     return jax.lax.cond(is_drawn_B.any(), add_noise, lambda x: x, cut_BV)
 
@@ -114,14 +117,16 @@ def _find_largest(scores_BV: jax.Array, *, is_finite_B: jax.Array, axes: tuple[s
     return -max_blocks(-jnp.where(is_finite_B, token_B, NOT_FINITE), axes)
 
 
-def _logprobs(logits_BV: jax.Array, token_B: jax.Array, settings: SamplingSettings, axes: tuple[str, ...]) -> Logprobs:
+def _logprobs(
+    logits_BV: jax.Array, token_B: jax.Array, settings: SamplingSettings, axes: tuple[str, ...], vocab_size: int
+) -> Logprobs:
     """Return log probabilities if any row wants them."""
 
     def compute(logits_BV: jax.Array) -> Logprobs:
-        return compute_logprobs(logits_BV, token_B, axes=axes)
+        return compute_logprobs(logits_BV, token_B, axes=axes, vocab_size=vocab_size)
 
-    def leave_out(logits_BV: jax.Array) -> Logprobs:
-        none = no_choice(token_B.shape, vocab_size=logits_BV.shape[1] * num_manual_blocks(axes)).logprobs
+    def leave_out(_logits_BV: jax.Array) -> Logprobs:
+        none = no_choice(token_B.shape, vocab_size=vocab_size).logprobs
         # The same on all devices that split the vocabulary, but not on those of other sequences.
         return jax.tree.map(lambda x: mark_varying(x, varying_axes(token_B)), none)
 
@@ -135,15 +140,17 @@ def _drop_unlikely(scaled_BV: jax.Array, settings: SamplingSettings, axes: tuple
     return jnp.where(scaled_BV < least_B[:, None], -jnp.inf, scaled_BV)
 
 
-def _noise(like_BV: jax.Array, settings: SamplingSettings, position_B: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+def _noise(
+    like_BV: jax.Array, settings: SamplingSettings, position_B: jax.Array, axes: tuple[str, ...], vocab_size: int
+) -> jax.Array:
     """Return Gumbel noise for this device's block: argmax(logits + noise) is a draw from softmax(logits)."""
     size = like_BV.shape[-1]
-    num_tokens = size * num_manual_blocks(axes)
+    padding = size * num_manual_blocks(axes) - vocab_size
 
     def draw(seed: jax.Array, position: jax.Array) -> jax.Array:
-        return jax.random.gumbel(jax.random.fold_in(jax.random.key(seed), position), (num_tokens,), jnp.float32)
+        return jax.random.gumbel(jax.random.fold_in(jax.random.key(seed), position), (vocab_size,), jnp.float32)
 
-    noise_BV = jax.vmap(draw)(settings.seed, position_B)
+    noise_BV = jnp.pad(jax.vmap(draw)(settings.seed, position_B), [(0, 0), (0, padding)])
     return jax.lax.dynamic_slice_in_dim(noise_BV, block_index(axes) * size, size, axis=1)
 
 

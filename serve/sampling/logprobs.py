@@ -29,10 +29,15 @@ def num_top(vocab_size: int) -> int:
     return min(MOST_LOGPROBS, vocab_size)
 
 
-def compute_logprobs(logits_BV: jax.Array, token_B: jax.Array, *, axes: tuple[str, ...]) -> Logprobs:
+def compute_logprobs(
+    logits_BV: jax.Array, token_B: jax.Array, *, axes: tuple[str, ...], vocab_size: int | None = None
+) -> Logprobs:
     """Return log probabilities: logits[B@data, V@axes], tokens[B@data] -> [B@data] and [B@data, top].
 
     It costs an all-reduce of [B], another of [2, B], and two all-gathers of [B, top] over the axes.
+
+    Args:
+        vocab_size: number of tokens, behind which the logits are padding; all of them if left out.
     """
     size, manual = logits_BV.shape[1], manual_axes(axes)
     first = block_index(axes) * size
@@ -46,7 +51,7 @@ def compute_logprobs(logits_BV: jax.Array, token_B: jax.Array, *, axes: tuple[st
     top_BE, place_BE = jax.lax.top_k(logits_BV, min(MOST_LOGPROBS, size))
     # The largest of each device's largest; of equal ones the first token, as on one device.
     all_BE, tokens_BE = gather_blocks(top_BE, axes, dim=1), gather_blocks(place_BE + first, axes, dim=1)
-    top_BE, which_BE = jax.lax.top_k(all_BE, min(MOST_LOGPROBS, all_BE.shape[1]))
+    top_BE, which_BE = jax.lax.top_k(all_BE, num_top(vocab_size or all_BE.shape[1]))
     return Logprobs(
         chosen=chosen_B - log_sum_B,
         top_tokens=jnp.take_along_axis(tokens_BE, which_BE, axis=1).astype(jnp.int32),

@@ -166,12 +166,13 @@ def test_vocabulary_on_the_ends_is_priced_there(capsys: pytest.CaptureFixture[st
     assert ends["bubble_fraction"] > split["bubble_fraction"]
 
 
-def test_vocabulary_on_the_ends_need_not_split_over_the_pipeline(capsys: pytest.CaptureFixture[str]) -> None:
-    # 50257 is prime, so no mesh with pipe > 1 splits it, and no other has room for this model, but with split weights.
-    words = f"{ASK} --model.vocab_size 50257 --json --pipeline.vocab"
-    found = json.loads(ask(f"{words} split", capsys))["plans"]
-    assert {(plan["mesh"]["pipe"], plan["shard"] in ("step", "layer")) for plan in found} == {(1, True)}
-    assert {plan["mesh"]["pipe"] for plan in json.loads(ask(f"{words} ends", capsys))["plans"]} - {1}
+def test_a_vocabulary_that_no_mesh_divides_is_priced_with_its_padding(capsys: pytest.CaptureFixture[str]) -> None:
+    # 50257 is prime. Eight devices hold 6288 rows each of 50304, in two tables, in float32.
+    words = f"{ASK} --json --this --mesh.tensor 4 --mesh.pipe 2 --pipeline.vocab split --model.vocab_size"
+    weights = [
+        json.loads(ask(f"{words} {size}", capsys))["plans"][0]["memory_bytes"]["weights"] for size in (50257, 50304)
+    ]
+    assert weights[0] == weights[1]
 
 
 def test_table_gives_a_reason_for_every_plan(
@@ -262,11 +263,11 @@ def test_all_comments_of_a_changed_mesh_are_removed(capsys: pytest.CaptureFixtur
 
 
 def test_config_as_it_stands_is_checked_as_a_run(capsys: pytest.CaptureFixture[str]) -> None:
-    # A vocabulary and a width that the mesh does not split: `train` refuses both, and so does the price.
-    words = f"{ASK} --this --model.vocab_size 128257 --model.ffn_size 14338"
+    # A width and heads that the mesh does not split: `train` refuses both, and so does the price.
+    words = f"{ASK} --this --model.num_heads 30 --model.num_kv_heads 6 --model.head_size 128 --model.ffn_size 14338"
     assert main(words.split()) == 2
     told = capsys.readouterr().err
-    assert "model.vocab_size=128257" in told
+    assert "model.num_heads=30" in told
     assert "model.ffn_size=14338" in told
 
 

@@ -35,7 +35,6 @@ CASES = [
 MISFITS: dict[str, tuple[dict[str, Any], int]] = {
     "heads": ({"num_heads": 4}, 8),
     "ffn": ({"ffn_size": 36}, 8),
-    "vocab": ({"vocab_size": 65}, 2),
     "kv_heads": ({"num_heads": 12, "num_kv_heads": 6, "hidden_size": 96, "ffn_size": 96}, 4),
 }
 

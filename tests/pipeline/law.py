@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from trellax.layers import ModelConfig, Remat, Transformer, cross_entropy, model_rules
 from trellax.layers.context.choice import Way
 from trellax.layers.context.places import order_chunks
+from trellax.layers.vocabulary import resize_tables
 from trellax.meshes import MeshSpec, ShardingRules, build_mesh
 from trellax.pipeline import (
     LossAndGrads,
@@ -134,7 +135,8 @@ def cut_params(config: ModelConfig, model: PipelinedModel) -> PipelineParams:
     cut: dict[str, Any] = {"layers_per_stage": model.fns.layers_per_stage, "placement": model.fns.placement}
     cut |= {"pattern": model.fns.pattern}
     stages = stages_from_layers(params["blocks"], num_ranks=num_ranks, num_chunks=num_chunks, **cut)
-    shared = {"embed": params["embed"], "head": params["head"]}
+    num_rows = model.params.shared["embed"]["table"].shape[0]
+    shared = resize_tables({"embed": params["embed"], "head": params["head"]}, num_rows)
     return jax.device_put(PipelineParams(stages=stages, shared=shared), model.shardings)
 
 
@@ -182,6 +184,7 @@ class Step:
     run: Callable[..., tuple[LossAndGrads, jax.Array]]
     params: PipelineParams
     batch: dict[str, jax.Array]
+    config: ModelConfig
 
 
 def pipeline_step(
@@ -219,11 +222,11 @@ def pipeline_step(
     cut: dict[str, Any] = {"num_chunks": num_chunks, "layers_per_stage": layers_per_stage, "vocab": vocab}
     cut |= {"placement": plan.placement, "remat": remat, "unroll": unroll, "shard": shard, "loss": loss}
     model = split_transformer(config, mesh=devices, rules=rules, **cut)
-    fns = replace(model.fns, frozen=frozen or model.fns.frozen)
+    fns = model.fns if frozen is None else replace(model.fns, frozen=frozen)
     run = partial(pipeline_grads, fns, mesh=devices, schedule=plan, overlap=overlap, bubbles=bubbles, key=key)
     axes: dict[str, Any] = {"over": spec.roles.batch, "context": spec.roles.context, "mesh": devices}
     cut_batch = microbatches(batch or masked_batch(num_sequences), num_microbatches=num_microbatches, **axes)
-    return Step(model=model, run=_with_norm(run), params=cut_params(config, model), batch=cut_batch)
+    return Step(model=model, run=_with_norm(run), params=cut_params(config, model), batch=cut_batch, config=config)
 
 
 def _with_norm(run: Callable[..., LossAndGrads]) -> Callable[..., tuple[LossAndGrads, jax.Array]]:
@@ -248,7 +251,11 @@ def answer_of(step: Step) -> Answer:
     fns = step.model.fns
     cut: dict[str, Any] = {"layers_per_stage": fns.layers_per_stage, "placement": fns.placement}
     stages = natural_order(out.grads.stages, pattern=fns.pattern, **cut)
-    grads = {"blocks": stages, **out.grads.shared}
+    shared = jax.device_get(out.grads.shared)
+    for own in shared.values():
+        # Padding of the vocabulary has no gradient at all.
+        assert not own.get("table", np.zeros(0))[step.config.vocab_size :].any()
+    grads = {"blocks": stages, **resize_tables(shared, step.config.vocab_size)}
     return Answer(loss=float(out.loss), norm=float(norm), grads=jax.device_get(grads))
 
 

@@ -104,7 +104,7 @@ def test_bytes_over_data_by_hand(shard: Shard, mesh: str, extra: str, schedule: 
     model = setup_of(mesh, words).config.model
     layers = 8 // pipe * block_matrices(model, tensor=tensor)
     # Tables, whole on each rank or a part on each, once a step.
-    tables = vocabulary_params(model, tensor=tensor)[0] / (pipe if extra else 1)
+    tables = vocabulary_params(model, parts=tensor)[0] / (pipe if extra else 1)
     part, rounds = 4 * (data - 1) / data, 4 if shard == "layer" else 1
     # float32 here: a gather forward and one backward in each of four microbatches, or one a step; one sum each.
     gathers = 2 if shard == "layer" else 1
@@ -115,7 +115,7 @@ def test_bytes_over_data_by_hand(shard: Shard, mesh: str, extra: str, schedule: 
 def test_state_is_split_and_sums_too_where_layers_gather() -> None:
     found = {shard: report_of("8x1x1", f"--train.shard {shard}").memory for shard in ("none", "step", "layer")}
     model = setup_of("8x1x1").config.model
-    matrices = 4 * (model.num_layers * block_matrices(model, tensor=1) + vocabulary_params(model, tensor=1)[0])
+    matrices = 4 * (model.num_layers * block_matrices(model, tensor=1) + vocabulary_params(model, parts=1)[0])
     saved = matrices * 7 / 8
     for shard in SHARDS:
         assert found["none"].parameters - found[shard].parameters == saved

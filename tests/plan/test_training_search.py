@@ -42,7 +42,6 @@ def test_every_layout_is_legal(heads: int, kv: int, layers: int, devices: int, b
         assert heads % layout.tensor == 0
         assert kv % layout.tensor == 0 or layout.tensor % kv == 0
         assert model.ffn_size % layout.tensor == 0
-        assert model.vocab_size % (layout.tensor * layout.pipe) == 0
         assert layout.num_stages <= layers
         assert layout.family.allows_chunks(layout.chunks)
 
@@ -208,7 +207,7 @@ def test_moments_go_to_the_host_only_if_nothing_fits_without() -> None:
     assert {one.layout.offload for one in two} == {"none"}
 
 
-@pytest.mark.parametrize(("name", "machine", "batch"), [("too_large", "a100x8", 64), ("batch", "h100x1024", 7)])
+@pytest.mark.parametrize(("name", "machine", "batch"), [("too_large", "a100x8", 64), ("batch", "h100x16384", 7)])
 def test_error_of_an_impossible_request_names_a_possible_one(
     name: str, machine: str, batch: int, golden: Callable[[str, str], None]
 ) -> None:

@@ -83,7 +83,7 @@ def test_data_traffic_is_one_sum_of_the_gradients(mesh: str, layers: int, tensor
     ((size, runs),) = sizes.items()
     params = report_of(mesh, WHOLE_TOKENS).memory.parameters
     model = setup_of(mesh).config.model
-    table, whole = vocabulary_params(model, tensor=tensor)
+    table, whole = vocabulary_params(model, parts=tensor)
     vocabulary = 4 * (table + whole)
     is_piped = setup_of(mesh).mesh.shape["pipe"] > 1
     assert params == 4 * layers * block_params(model, tensor=tensor) + vocabulary
@@ -137,7 +137,7 @@ def test_parameters_of_one_device_are_those_of_the_shardings(config: str, extra:
     sizes = [leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves(shapes)]
     total = sum(_product(size) for size in sizes)
     model = setup.config.model
-    vocabulary = sum(vocabulary_params(model, tensor=tensor))
+    vocabulary = sum(vocabulary_params(model, parts=tensor))
     assert total == model.num_layers * block_params(model, tensor=tensor) + vocabulary
 
 
@@ -191,7 +191,7 @@ def test_minimum_of_interleaved_chunks_counts_every_boundary() -> None:
 def test_a_vocabulary_over_pipe_moves_its_gradients_to_data_and_sends_slices_over_pipe() -> None:
     copied = step_sizes(setup_of("2x2x2", WHOLE_TOKENS))
     whole_step, split = minimum_bytes(copied), minimum_bytes(replace(copied, vocab="split"))
-    table, whole = vocabulary_params(copied.model, tensor=2)
+    table, whole = vocabulary_params(copied.model, parts=2)
     x, loss = X // 2, LOSS // 2
     assert split["data"] == whole_step["data"] + 4 * (whole + table / 2)
     assert "pipe+data" not in split

@@ -15,6 +15,7 @@ from trellax.layers import Head, ModelConfig, NewTokens
 from trellax.layers.attention import cache as cache_module
 from trellax.layers.attention.cache import CacheDtype, cache_shapes
 from trellax.layers.quantized import Weights
+from trellax.layers.vocabulary import LEAST_LOGIT
 from trellax.serve.experts import MOST_TOKENS, with_room
 from trellax.serve.load import quantize_params
 from trellax.serve.params import stage_params, stage_shapes
@@ -49,6 +50,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "attention_by_layer": ("llama", BY_LAYER),
     "norm_of_all_heads": ("llama", {"qk_norm": "whole", "norm_place": "after", "num_kv_heads": 1}),
     "unequal_stages": ("gpt", {"num_layers": 5}),
+    "padded_vocabulary": ("gpt", {"vocab_size": 65, "logit_softcap": 8.0}),
     "experts": ("experts", {}),
     "experts_in_rounds": ("experts", {}),
     "sinks": ("experts", SINKS),
@@ -141,6 +143,8 @@ def check(mesh: str, kind: str) -> None:
     config = with_room(model_of(style, **changes), num_tokens=MOST_TOKENS + 1 if kind == "experts_in_rounds" else 1)
     actual = cached_logits(config, mesh=mesh_of(mesh), tokens_BT=tokens_BT)
     expected = logits_of(model_of(style, **changes), tokens_BT)
+    actual, padding = np.split(actual, [expected.shape[-1]], axis=-1)
+    assert (padding == LEAST_LOGIT).all()
     assert np.abs(actual - expected).max() <= TOLERANCE * np.abs(expected).max()
 
 

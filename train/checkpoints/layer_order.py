@@ -2,7 +2,8 @@
 
 A pipeline holds stage parameters [chunks, ranks, layers, ...]; a checkpoint holds [all layers, ...] in the order of the
 model. For 6 layers on 2 ranks with 1 chunk, leaf w[1, 2, 3, ...] is saved as w[6, ...], so 3 ranks can read it as
-w[1, 3, 2, ...]. Parameters and the optimizer's moments are converted alike; `checkpoints.py` saves them.
+w[1, 3, 2, ...]. Tables that are padded for the mesh are saved without padding (`../../layers/vocabulary.py`).
+Parameters and the optimizer's moments are converted alike; `checkpoints.py` saves them.
 """
 
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from ...hub.saves.paths import leaves_by_path
 from ...hub.saves.reader import Arrays
 from ...hub.saves.seal import PARAMS
 from ...layers.experts.kinds import layer_kinds, layers_by_kind
+from ...layers.vocabulary import is_table, resize_tables, whole_words_sharding
 from ...meshes.host_memory import HOST, in_host_memory, is_in_host_memory, to_device, to_host
 from ...meshes.rules import split_first_free_dim
 from ...pipeline import PipelineParams
@@ -106,12 +108,13 @@ class LayerOrder:
             name = path[0].key
             return self._program(convert, own)(PipelineParams(stages={name: leaf}, shared={})).stages[name]
 
-        def of_shared(leaf: jax.Array, own: NamedSharding) -> Any:
-            return self._program(convert, own)(PipelineParams(stages={}, shared=leaf)).shared
+        def of_shared(path: Any, leaf: jax.Array, own: NamedSharding) -> Any:
+            name = path[-1].key
+            return self._program(convert, own)(PipelineParams(stages={}, shared={name: leaf})).shared[name]
 
         return PipelineParams(
             stages=jax.tree_util.tree_map_with_path(of_stages, moments.stages, shardings.stages),
-            shared=jax.tree.map(of_shared, moments.shared, shardings.shared),
+            shared=jax.tree_util.tree_map_with_path(of_shared, moments.shared, shardings.shared),
         )
 
     def _program(self, convert: Any, sharding: NamedSharding) -> Any:
@@ -130,30 +133,38 @@ class LayerOrder:
 
     @property
     def _donated(self) -> tuple[int, ...]:
-        # Uneven stages are padded, so they are larger than the saved arrays and cannot reuse their memory. Neither can
-        # layers that move to another rank.
+        # Uneven stages and tables are padded, so they are larger than the saved arrays and cannot reuse their memory.
+        # Neither can layers that move to another rank.
         is_reshape = not self.setup.model.fns.layers_per_stage and self.setup.placement.is_loop
-        return (0,) if is_reshape else ()
+        return (0,) if is_reshape and self._num_rows == self._num_words else ()
+
+    @property
+    def _num_words(self) -> int:
+        return self.setup.config.model.vocab_size
+
+    @property
+    def _num_rows(self) -> int:
+        return self.setup.model.params.shared["embed"]["table"].shape[0]
 
     def _merge(self, state: TrainState) -> TrainState:
         # A halted run resumes from the state at which it was halted, with the flag cleared.
         return replace(map_params(self._merge_params, state), health=replace(state.health, halted=None))
 
     def _merge_params(self, params: PipelineParams) -> PipelineParams:
-        # Muon's state has a copy for the parameters that it does not update: without arrays.
-        if not jax.tree.leaves(params.stages):
-            return params
         merge = partial(merge_kind, placement=self.setup.placement)
-        return PipelineParams(stages=self._by_kind(merge, params.stages), shared=params.shared)
+        shared = resize_tables(params.shared, self._num_words)
+        return PipelineParams(stages=self._by_kind(merge, params.stages), shared=shared)
 
     def _cut_params(self, params: PipelineParams) -> PipelineParams:
-        if not jax.tree.leaves(params.stages):
-            return params
         cut = partial(cut_kind, placement=self.setup.placement)
-        return PipelineParams(stages=self._by_kind(cut, params.stages), shared=params.shared)
+        shared = resize_tables(params.shared, self._num_rows)
+        return PipelineParams(stages=self._by_kind(cut, params.stages), shared=shared)
 
     def _by_kind(self, convert: Any, stages: Any) -> Any:
         """Return convert(leaf, counts=layers of its kind on each stage) of every leaf; kinds may be left out."""
+        # Muon's state has a copy for the parameters that it does not update: without arrays.
+        if not jax.tree.leaves(stages):
+            return stages
         counts = layers_by_kind(self.setup.config.model, self.setup.layers_per_stage)
         if "" in counts:
             return jax.tree.map(partial(convert, counts=counts[""]), stages)
@@ -170,10 +181,15 @@ class LayerOrder:
                 return self._merge_sharding(own, shapes[path], num_layers.get(path[0].key, num_layers.get("", 0)))
 
             stages = jax.tree_util.tree_map_with_path(one, shardings.stages)
-            return PipelineParams(stages=stages, shared=shardings.shared)
+            shared = jax.tree_util.tree_map_with_path(self._merge_shared_sharding, shardings.shared)
+            return PipelineParams(stages=stages, shared=shared)
 
         own = self.setup.shardings
         return replace(map_params(merge, own), health=replace(own.health, halted=None))
+
+    def _merge_shared_sharding(self, path: Any, sharding: NamedSharding) -> NamedSharding:
+        shape = (self._num_words, self.setup.config.model.hidden_size)
+        return whole_words_sharding(sharding, shape) if is_table(path) else sharding
 
     def _merge_sharding(self, sharding: NamedSharding, leaf: jax.ShapeDtypeStruct, num_layers: int) -> NamedSharding:
         # [chunks, ranks@pipe, layers, D, F@tensor] becomes [L@pipe, D, F@tensor].

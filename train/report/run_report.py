@@ -96,6 +96,9 @@ def _tell_mesh(setup: Setup) -> str:
     """Return the mesh, and on lines of their own what else is split over it: tokens, the state of training."""
     sizes, shard, devices = setup.sizes, setup.config.train.shard, setup.mesh.devices.ravel()
     found = f"mesh      {sizes}: {len(devices)} x {devices[0].device_kind} ({devices[0].platform})"
+    words, rows = setup.config.model.vocab_size, setup.model.params.shared["embed"]["table"].shape[0]
+    if rows > words:
+        found += f"\n          a vocabulary of {words:,} words, padded to {rows:,} rows that the mesh divides"
     if sizes.context > 1:
         own = sizes.tokens_of_rank(setup.config.data.seq_len)
         how = _CONTEXT_WORDS[setup.context_attention]

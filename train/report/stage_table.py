@@ -14,6 +14,7 @@ from ...meshes.columns import align_within
 from ...meshes.terminal import fold
 from ...plan.costs.activations import split_backward_bytes
 from ...plan.costs.held_layers import kinds_of_stages
+from ...programs.memory import device_bytes
 from ...schedules import Schedule, simulate
 from ..state import Setup
 
@@ -171,20 +172,21 @@ def _count_ends(setup: Setup, stage: int) -> tuple[int, int]:
     config, sizes = setup.config.model, setup.sizes
     counts, last = param_counts(config), setup.schedule.num_stages - 1
     table = counts.embedding
-    # Frozen tables are in the compute dtype.
-    table_bytes = setup.model.params.shared["embed"]["table"].dtype.itemsize
+    # Frozen tables are in the compute dtype; a table may be padded for the mesh.
+    held = setup.model.params.shared["embed"]["table"]
+    table_bytes = device_bytes([held])
     is_untied = config.embeddings == "untied"
     norm = counts.head - (table if is_untied else 0)
     whole = (counts.positions if stage == 0 else 0) + (norm if stage == last else 0)
     if setup.config.pipeline.vocab == "split":
         # Every rank has an equal part of the tables, counted with its first stage.
-        part = table * (2 if is_untied else 1) // sizes.pipe if stage < sizes.pipe else 0
-        return whole + part, _PARAM_BYTES * whole + table_bytes * (part // sizes.tensor)
+        num_tables = (2 if is_untied else 1) if stage < sizes.pipe else 0
+        return whole + table * num_tables // sizes.pipe, _PARAM_BYTES * whole + table_bytes * num_tables
     own = table if stage == 0 or (stage == last and is_untied) else 0
     # A tied table is one parameter, but takes memory at the last stage as well, unless one rank holds both ends.
     is_shared = not is_untied and setup.placement.rank_of(0) == setup.placement.rank_of(last)
-    used = table if stage == 0 or (stage == last and not is_shared) else 0
-    return whole + own, _PARAM_BYTES * whole + table_bytes * (used // sizes.tensor)
+    is_used = stage == 0 or (stage == last and not is_shared)
+    return whole + own, _PARAM_BYTES * whole + table_bytes * is_used
 
 
 def ranks_of_ends(setup: Setup) -> dict[str, list[int]]:

@@ -1,0 +1,34 @@
+"""An engine whose mesh does not divide the vocabulary answers as one device, greedy or drawn."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from trellax.serve import Engine, Request
+
+from ..models import mesh_of, model_of, params_on
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0.0, "logprobs": 20, "frequency_penalty": 0.5},
+    "drawn": {"temperature": 5.0, "seed": 3, "logprobs": 20},
+    "cut": {"temperature": 2.0, "seed": 4, "top_k": 12, "top_p": 0.9, "min_p": 0.01, "logit_bias": ((12, 3.0),)},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["tensor=4", "tensor=2,pipe=2", "data=2,tensor=4"])
+def test_answers_are_those_of_one_device(mesh: str) -> None:
+    """13 words, fewer than the likeliest that may be asked for: on four devices the last has padding alone."""
+    config = model_of("gpt", vocab_size=13)
+    requests = [Request(prompt=(1, 5, 9), max_new_tokens=8, **own) for own in SETTINGS.values()]
+    found = []
+    for own in ("data=1", mesh):
+        there = mesh_of(own)
+        engine = Engine(config, params_on(config, there), mesh=there, slots=8, chunk=4, rounds=3)
+        found.append(engine.generate(requests))
+    for one, other in zip(*found, strict=True):
+        assert one.tokens == other.tokens
+        assert max(other.tokens) < 13
+        for ours, theirs in zip(one.logprobs or (), other.logprobs or (), strict=True):
+            np.testing.assert_allclose(ours.logprob, theirs.logprob, atol=2e-5)
+            assert [token for token, _ in ours.top] == [token for token, _ in theirs.top]
