@@ -21,7 +21,8 @@ from ..options.by_layer import SAME_AS_ALL, LayerAttention, attention_of_layer
 from ..options.qk_norm import make_qk_norm, normalize_heads
 from ..partitioning import INIT_STD
 from ..rope.rotary import rotate
-from .cache import CacheScoring, KVCache, NewTokens, attend
+from .cache import KVCache, NewTokens
+from .cached import CacheScoring, attend
 
 
 class Attention(nnx.Module):
