@@ -30,8 +30,18 @@ def apply_dtype(config: ModelConfig, args: argparse.Namespace) -> ModelConfig:
     Raises:
         ConfigError: one of them is not a type that an engine has there.
     """
+    check_formats(args)
+    return replace(config, dtype=args.dtype or config.dtype)
+
+
+def check_formats(args: argparse.Namespace) -> None:
+    """Check `--dtype`, where a command has it, `--weights` and `--cache-dtype`.
+
+    Raises:
+        ConfigError: one of them is not a type that an engine has there.
+    """
     for option, name, known in (
-        ("--dtype", args.dtype, _DTYPES),
+        ("--dtype", getattr(args, "dtype", None), _DTYPES),
         ("--weights", args.weights, get_args(Weights)),
         ("--cache-dtype", args.cache_dtype, get_args(CacheDtype)),
     ):
@@ -40,7 +50,6 @@ def apply_dtype(config: ModelConfig, args: argparse.Namespace) -> ModelConfig:
                 f"{option} {shown(name)}: unknown type.{suggest(name, known)}",
                 fix=f"use {', '.join(known[:-1])} or {known[-1]}.",
             )
-    return replace(config, dtype=args.dtype or config.dtype)
 
 
 def resolve_mesh(text: str) -> MeshSpec:
@@ -49,7 +58,17 @@ def resolve_mesh(text: str) -> MeshSpec:
     Raises:
         MeshError: the text is not a mesh, or jax cannot start.
     """
-    spec = MeshSpec.parse(text)
+    return resolve_devices(MeshSpec.parse(text))
+
+
+def resolve_devices(spec: MeshSpec, *, fake_devices: int = 0) -> MeshSpec:
+    """Return a mesh with -1 replaced by the number of devices that are left; `fake_devices` are started first.
+
+    Raises:
+        MeshError: jax cannot start.
+    """
+    if fake_devices:
+        use_fake_devices(fake_devices)
     # Even if no axis is -1: this starts jax, whose errors `visible_devices` explains.
     devices = visible_devices()
     return spec.resolve(num_devices=len(devices)) if -1 in spec.sizes.values() else spec

@@ -1,4 +1,7 @@
-"""`trellax inspect`: compile the training step of a config, for devices that need not exist, and report on it."""
+"""`trellax inspect`: compile the training step of a config, for devices that need not exist, and report on it.
+
+Read `serving/inspect.py` for the programs of a server.
+"""
 
 import argparse
 import json
@@ -17,6 +20,7 @@ from ..train.xla import MEMORY_FRACTION
 from .inspect_advice import MemorySaving, list_memory_savings
 from .inspect_step import compile_step, report_step, step_sizes
 from .output_file import check_output_files, write_output_file
+from .serving.inspect import run_inspect_serving
 
 _MAX_SAVINGS = 5
 
@@ -27,6 +31,8 @@ def run_inspect(config: RunConfig, args: argparse.Namespace) -> int:
     Raises:
         TrellaxError: the target is unknown, the config does not fit it, or the compiler rejects the step.
     """
+    if args.serve:
+        return run_inspect_serving(config, args, num_devices=_count_devices(config, Target.parse(args.target)))
     # Compiling may take minutes, so the output files are checked first.
     check_output_files(args.hlo, args.png)
     machine, setup = _prepare(config, Target.parse(args.target))
@@ -52,6 +58,22 @@ def run_inspect(config: RunConfig, args: argparse.Namespace) -> int:
 
 def _prepare(config: RunConfig, target: Target) -> tuple[Machine, Setup]:
     """Return the devices of the target and the setup of the run on them; the config is checked first."""
+    num_devices = _count_devices(config, target)
+    # A module of the user's that the check imports may start jax, with devices that are not the target's.
+    opened = open_target(target, num_devices=num_devices) if has_own_classes(config.model) else None
+    spec = check_run(config, num_devices=num_devices)
+    machine = opened or open_target(target, num_devices=num_devices)
+    setup = Setup(config, build_mesh(spec, devices=machine.devices))
+    setup.check()
+    return machine, setup
+
+
+def _count_devices(config: RunConfig, target: Target) -> int:
+    """Return the number of devices of the target; by default what the mesh needs.
+
+    Raises:
+        TrellaxError: the mesh needs another number, or neither says how many.
+    """
     sizes = config.mesh.sizes.values()
     needed = config.mesh.num_devices if -1 not in sizes else config.run.fake_devices
     num_devices = target.num_devices or needed
@@ -65,13 +87,7 @@ def _prepare(config: RunConfig, target: Target) -> tuple[Machine, Setup]:
             f"mesh {config.mesh} takes {needed} devices, but target {target} has {num_devices}.",
             fix=f"write --target {target.name}:{needed}, or --mesh.data -1 for all that are left.",
         )
-    # A module of the user's that the check imports may start jax, with devices that are not the target's.
-    opened = open_target(target, num_devices=num_devices) if has_own_classes(config.model) else None
-    spec = check_run(config, num_devices=num_devices)
-    machine = opened or open_target(target, num_devices=num_devices)
-    setup = Setup(config, build_mesh(spec, devices=machine.devices))
-    setup.check()
-    return machine, setup
+    return num_devices
 
 
 def _describe_program(report: ProgramReport, setup: Setup, machine: Machine) -> str:

@@ -40,14 +40,16 @@ COMMANDS = (
         name="describe",
         help="show the mesh, shardings and schedule of a config without training",
         takes="config",
-        arguments="arguments.config:add_config_arguments",
+        arguments="arguments.describe:add_describe_arguments",
+        check="arguments.served:check_served_arguments",
         run="describe:run_describe",
     ),
     Command(
         name="inspect",
-        help="compile the training step of a config for any machine, and report its memory, traffic and work",
+        help="compile the training step of a config, or a server of it, for any machine, and report on it",
         takes="config",
         arguments="arguments.inspect:add_inspect_arguments",
+        check="arguments.served:check_served_arguments",
         run="inspect:run_inspect",
     ),
     Command(

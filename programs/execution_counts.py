@@ -9,13 +9,13 @@ Loops multiply the counts of their bodies, and branches are followed for each de
 Where loop bounds and conditions depend only on constants, counters and the device's number, the count is exact (see
 `static_values.py`). Where a branch depends on data, the most expensive one is counted every time, an upper bound; a
 loop whose number of iterations depends on data is counted as one iteration, or as none in the scope `rarely`. `notes`
-names both. Read `collectives.py`
-and `work.py` next, which count instructions.
+names both, and `Assumed` says otherwise for scopes by name. Read `collectives.py` and `work.py` next, which count
+instructions.
 """
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -45,9 +45,36 @@ class ExecutionCounts:
         return self.counts.get(computation.name, np.zeros(1, np.int64))
 
 
-def count_executions(program: HloModule, *, num_devices: int) -> ExecutionCounts:
+@dataclass(frozen=True, kw_only=True)
+class Assumed:
+    """What loops and branches that depend on data do, by the name of a scope around them (`jax.named_scope`).
+
+    iterations: of the loops in a scope.
+    lightest: scopes in which the branch that produces least is taken, not the heaviest.
+
+    Both count without a note.
+    """
+
+    iterations: Mapping[str, int] = field(default_factory=dict)
+    lightest: tuple[str, ...] = ()
+
+    def count(self, loop: Instruction) -> int | None:
+        """Return the iterations of a loop that depend on data, None if nothing is said of it."""
+        return next((number for name, number in self.iterations.items() if name in scopes_of(loop.op_name)), None)
+
+    def is_light(self, conditional: Instruction) -> bool:
+        """Return whether the lightest branch of a conditional is taken."""
+        return not scopes_of(conditional.op_name).isdisjoint(self.lightest)
+
+
+def scopes_of(op_name: str) -> set[str]:
+    """Return the names of the scopes of an instruction."""
+    return set(op_name.split("/"))
+
+
+def count_executions(program: HloModule, *, num_devices: int, assumed: Assumed | None = None) -> ExecutionCounts:
     """Count the executions of each computation on `num_devices` devices in one run of the program."""
-    walk = _Walk(program)
+    walk = _Walk(program, assumed or Assumed())
     scope = entry_scope(program, num_devices=num_devices)
     walk.enter(scope, np.ones(num_devices, np.int64))
     return ExecutionCounts(counts=walk.counts, notes=tuple(dict.fromkeys(walk.notes)))
@@ -56,8 +83,8 @@ def count_executions(program: HloModule, *, num_devices: int) -> ExecutionCounts
 class _Walk:
     """A walk along the control flow from the entry, which adds up counts."""
 
-    def __init__(self, program: HloModule) -> None:
-        self.flow = ControlFlow(program)
+    def __init__(self, program: HloModule, assumed: Assumed) -> None:
+        self.flow, self.assumed = ControlFlow(program), assumed
         self.counts: dict[str, np.ndarray] = {}
         self.notes: list[str] = []
 
@@ -93,10 +120,12 @@ class _Walk:
         for iteration in range(MAX_ITERATIONS):
             continues = loop.continues(iteration)
             if not isinstance(continues, np.ndarray):
-                count = 0 if is_rare(instruction) else 1
-                self.notes.append(f"{_place(instruction)}: iterations depend on data; counted as {count}.")
+                count = self.assumed.count(instruction)
+                if count is None:
+                    count = 0 if is_rare(instruction) else 1
+                    self.notes.append(f"{_place(instruction)}: iterations depend on data; counted as {count}.")
                 if count:
-                    self.enter(loop.body(0), times)
+                    self.enter(loop.body(0), times * count)
                 return
             # Devices may leave the loop at different iterations; one that has left stays at 0.
             running = np.where(continues.reshape(-1), running, 0)
@@ -108,7 +137,9 @@ class _Walk:
     def _enter_branches(self, scope: Scope, instruction: Instruction, times: np.ndarray) -> None:
         """Count each branch on the devices that take it; the heaviest on all if the choice depends on data."""
         chosen = chosen_branch(instruction, scope.operand(instruction, 0))
-        if chosen is None:
+        if chosen is None and self.assumed.is_light(instruction):
+            chosen = np.array([self.flow.lightest_branch(instruction)])
+        elif chosen is None:
             self.notes.append(f"{_place(instruction)}: the branch depends on data; the heaviest is counted every time.")
             chosen = np.array([self.flow.heaviest_branch(instruction)])
         for branch in np.unique(chosen):
@@ -143,6 +174,10 @@ class ControlFlow:
     def heaviest_branch(self, instruction: Instruction) -> int:
         """Return the number of the branch of a conditional that produces most bytes."""
         return max(range(len(instruction.branches)), key=lambda branch: self._weigh(instruction.branches[branch]))
+
+    def lightest_branch(self, instruction: Instruction) -> int:
+        """Return the number of the branch of a conditional that produces fewest bytes."""
+        return min(range(len(instruction.branches)), key=lambda branch: self._weigh(instruction.branches[branch]))
 
     def calls_of(self, name: str) -> tuple[Instruction, ...]:
         """Return the instructions of a computation that run other computations."""

@@ -60,6 +60,11 @@ class Operation:
     moved_bytes: int
     count: np.ndarray
 
+    @property
+    def is_kernel(self) -> bool:
+        """Whether a device is told to compute or to copy something: loops, branches, views and collectives are none."""
+        return self.kind in UNITS or (self.kind == "control" and self.moved_bytes > 0)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Work:

@@ -34,7 +34,7 @@ from .results import Completion, Place, Usage, complete, not_finite, on_host, re
 from .sampling.choose import NOTHING, Choice
 from .slots import empty_inputs, input_shapes, prompt_parts, write_inputs
 from .speculation.speculate import Speculation, Speculator
-from .stacks import LayerLoop
+from .stacks import LayerLoop, default_loop
 from .state import MAX_STOPS, PAGE, Fill, Sizes, empty_state, state_shapes
 
 OnToken = Callable[[ServedSequence, int], None]
@@ -111,7 +111,7 @@ class Engine:
             page=page,
             cache_tokens=cache_tokens,
         )
-        self.layers: LayerLoop = layers or ("loop" if mesh.devices.flat[0].platform == "cpu" else "unrolled")
+        self.layers: LayerLoop = layers or default_loop(mesh)
         self.cache_dtype: CacheDtype = cache_dtype or config.dtype
         self._begin(params, fill=fill, speculation=speculation, tokenizer=tokenizer)
 

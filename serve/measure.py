@@ -12,13 +12,13 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from ..layers import ModelConfig, bytes_per_device
+from ..layers import ModelConfig
 from ..meshes import MeshAxes
 from ..meshes.axes import DEFAULT_AXES
 from .engine import Engine
-from .params import param_shapes, stage_shapes
+from .inspection.least import least_bytes
+from .params import param_shapes
 from .requests import Request, ServedSequence
-from .stacks import stage_stacks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,25 +83,19 @@ def read_bytes(engine: Engine, *, batch: int, context: float) -> float:
 
     They are the weights, once per group in flight, and the stored keys and values, without the unused cache.
     """
-    config, sizes = engine.config, engine.spec
-    params = stage_shapes(config, mesh=engine.mesh, axes=engine.axes, weights=engine.weights)
-    stacks = stage_stacks(config, num_ranks=sizes.pipe, layers="loop")
-    # Every rank has arrays for as many layers as the largest stage; the padding of the others is never read.
-    weights, layers = [0.0] * sizes.pipe, [0] * sizes.pipe
-    for stack, own in zip(stacks, params["blocks"], strict=True):
-        layers = [total + count for total, count in zip(layers, stack.counts, strict=True)]
-        each = bytes_per_device(own) / stack.size
-        weights = [total + count * each for total, count in zip(weights, stack.counts, strict=True)]
-    table = params["embed"]["table"] if config.embeddings == "tied" else params["head"]["table"]
-    weights[-1] += bytes_per_device(table)
-    rows = -(-batch // sizes.data)
-    # Keys and values of one token in one layer.
-    num_cached = engine.sizes.cached_tokens / engine.sizes.num_shards
-    stored = engine.shapes.cache
-    token = bytes_per_device((stored.keys, stored.values)) / (sum(stack.size for stack in stacks) * num_cached)
-    cache = [count * rows * context * token for count in layers]
+    rows = -(-batch // engine.spec.data)
+    least = least_bytes(
+        engine.config,
+        engine.sizes,
+        mesh=engine.mesh,
+        axes=engine.axes,
+        cache_dtype=engine.cache_dtype,
+        weights=engine.weights,
+        rows=rows,
+        context=context,
+    )
     groups = min(engine.sizes.groups, rows)
-    return max(groups * own + cached for own, cached in zip(weights, cache, strict=True))
+    return max(groups * own + cached for own, cached in zip(least.weights, least.cache, strict=True))
 
 
 def draw_params(config: ModelConfig, mesh: Mesh, *, axes: MeshAxes = DEFAULT_AXES) -> Any:

@@ -14,6 +14,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from ..layers import ModelConfig, param_counts
 from ..layers.experts.kinds import LayerKind, layer_kinds, layers_by_kind
@@ -26,6 +27,11 @@ On a GPU, a matrix product cannot read a slice of an array at an index that is k
 first copies the weights of every layer, and decoding takes three times as long. A loop compiles faster, in the time of
 one layer.
 """
+
+
+def default_loop(mesh: Mesh) -> LayerLoop:
+    """Return how layers are run on a mesh: in a loop on CPUs, where unrolling gains nothing, unrolled elsewhere."""
+    return "loop" if mesh.devices.flat[0].platform == "cpu" else "unrolled"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,8 @@
 import argparse
 
 from .config import add_config_arguments
+from .served import add_served_arguments
+from .types import parse_whole
 
 
 def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,3 +18,7 @@ def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--hlo", metavar="FILE", help="write the compiled program (HLO) as text")
     parser.add_argument("--png", metavar="FILE", help="draw memory beside the device's, and traffic beside the minimum")
+    add_served_arguments(parser)
+    parser.add_argument(
+        "--context", type=parse_whole, default=0, metavar="N", help="with --serve: cached tokens (default: 1024)"
+    )

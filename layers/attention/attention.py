@@ -22,7 +22,8 @@ from ..options.qk_norm import make_qk_norm, normalize_heads
 from ..options.sinks import make_sinks
 from ..partitioning import INIT_STD
 from ..rope.rotary import rotate
-from .cache import CacheScoring, KVCache, NewTokens, attend
+from .cache import KVCache, NewTokens
+from .cached import CacheScoring, attend
 
 
 class Attention(nnx.Module):

@@ -9,7 +9,8 @@ head's products are C + R and C features wide instead of H and U.
 import jax
 import jax.numpy as jnp
 
-from ..attention.cache import CacheScoring, KVCache, NewTokens, attend
+from ..attention.cache import KVCache, NewTokens
+from ..attention.cached import CacheScoring, attend
 
 
 def attend_latents(

@@ -30,6 +30,10 @@ MISTAKES = {
     "no_folder": f"{SMALL} --png nowhere/x.png",
     "hlo_folder": f"{SMALL} --hlo /",
     "does_not_shard": f"{SMALL} --mesh.tensor 3 --mesh.data 1",
+    "slots_without_serve": f"{SMALL} --slots 8",
+    "context_of_a_server": f"{SMALL} --serve --max-tokens 16 --context 17",
+    "picture_of_a_server": f"{SMALL} --serve --png server.png",
+    "weights_of_a_server": f"{SMALL} --serve --weights int4",
 }
 
 

@@ -114,7 +114,7 @@ def test_z_loss_and_its_gradients_match_all_logits_at_once(mesh: str) -> None:
     devices, weights, shape = mesh_of(mesh), jnp.asarray(MASKED), LogitShape(scale=0.5, cap=4.0)
 
     def plainly(x: jax.Array, table: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits = shape.apply(jnp.einsum("btd,vd->btv", x, table))
+        logits = shape.apply(jnp.einsum("btd,vd->btv", x, table), ())
         z_loss = (weights * 0.1 * jax.nn.logsumexp(logits, axis=-1) ** 2).sum()
         return reference(logits, jnp.asarray(TARGETS), weights) + z_loss, z_loss
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from trellax.meshes.scopes import RARELY
 from trellax.programs import hlo_text
-from trellax.programs.execution_counts import ExecutionCounts, count_executions
+from trellax.programs.execution_counts import Assumed, ExecutionCounts, count_executions
 from trellax.programs.hlo import HloModule
 from trellax.programs.work import count_work
 
@@ -112,3 +112,25 @@ def test_a_loop_that_nearly_always_has_no_iteration_is_not_counted() -> None:
     assert runs_of_dots(compiled) == []
     (note,) = count(compiled, 1)[1].notes
     assert "iterations depend on data; counted as 0" in note
+
+
+def test_loops_and_branches_that_depend_on_data_do_what_is_assumed_of_their_scope() -> None:
+    def step(x: jax.Array) -> jax.Array:
+        with jax.named_scope("blocks"):
+            x = jax.lax.fori_loop(0, x[0, 0].astype(int), lambda _, y: y @ y, x)
+        with jax.named_scope("sampling"):
+            return jax.lax.cond(x[0, 0] > 0, lambda y: y @ y @ y, lambda y: y, x)
+
+    program = HloModule.parse(hlo_text(compile_for(SQUARE, step)))
+    assumed = Assumed(iterations={"blocks": 5}, lightest=("sampling",))
+    counts = count_executions(program, num_devices=1, assumed=assumed)
+    products = [o for o in count_work(program, counts, num_devices=1).operations if o.kind == "matrix"]
+    assert [o.count.tolist() for o in products] == [[5]]
+    assert counts.notes == ()
+    without = count_executions(program, num_devices=1)
+    assert sorted(o.count[0] for o in count_work(program, without, num_devices=1).operations if o.kind == "matrix") == [
+        1,
+        1,
+        1,
+    ]
+    assert len(without.notes) == 2

@@ -10,6 +10,8 @@ from trellax.programs.collectives import Collective, list_collectives
 from trellax.programs.execution_counts import count_executions
 from trellax.programs.hlo import HloModule
 from trellax.serve.compiled_programs import CompiledPrograms, compile_programs
+from trellax.serve.inspection.costs import ProgramReader
+from trellax.serve.params import stage_shapes
 from trellax.serve.state import ServeState, Sizes, state_shapes
 
 from .models import mesh_of, model_of
@@ -103,3 +105,18 @@ def test_a_chunk_of_a_prompt_sends_as_much_for_each_token() -> None:
     assert tally(found, "layers", 0) == {("all-reduce", "tensor", x): 4}
     hops = [one for one in found if one.kind == "collective-permute"]
     assert [(one.operand_bytes, one.count.max()) for one in hops] == [(x, 1)]
+
+
+def test_a_report_counts_the_bytes_kernels_and_collectives_of_a_tick() -> None:
+    mesh = mesh_of("tensor=2")
+    reader = ProgramReader(mesh=mesh, hardware=None, devices_per_node=2)
+    one, device = reader.read(build("tensor=2")[0].decode, blocks=1)
+    three, _ = reader.read(build("tensor=2")[0].decode, blocks=3)
+    # Two all-reduces of each of four layers, one of the embedding, and the best score and its token.
+    assert one.collectives == three.collectives == 2 * 4 + 1 + 2
+    assert three.moved_bytes["attention"] > 2 * one.moved_bytes["attention"]
+    assert three.moved_bytes["layers"] == one.moved_bytes["layers"]
+    assert three.kernels > one.kernels > 4 * 4
+    held = bytes_per_device(stage_shapes(model_of("llama", max_tokens=64), mesh=mesh)["blocks"])
+    assert one.moved_bytes["layers"] > held
+    assert (one.time_s, device in (0, 1)) == (None, True)
