@@ -18,12 +18,15 @@ from .options.check_config import check_options
 from .own.check_config import check_own
 from .rope.check_config import check_rope
 
-LARGEST_FUSED_HEAD = 128
-"""Largest head size that cuDNN's flash attention supports, forward and backward, on every GPU from Ampere on.
+LARGEST_FUSED_HEAD, LARGEST_WIDE_HEAD = 128, 256
+"""Largest head sizes that cuDNN's flash attention supports, forward and backward, from Ampere and from Hopper on.
 
-Hopper supports 256, but jax (0.10.2 to 0.12) asks the local GPU for its architecture, not the mesh, and raises where
-there is none: `trellax inspect` could not compile the step that `train` would run. Raise this when jax asks the mesh.
+jax (0.10.2 to 0.12) asks the local GPU for its architecture, not the mesh, and raises where there is none, so wide
+heads have a call of our own (`attention/wide_heads.py`).
 """
+
+_LATENT_HEADS = (192, 128)
+"""Features of keys and of values for which cuDNN has a kernel although they differ: DeepSeek's."""
 
 _MOST_LAYERS = 10_000
 _LARGEST_SIZE = 2**31 - 1
@@ -176,7 +179,8 @@ class ModelConfig:
         if self.attention == "cudnn" and not self.can_be_fused:
             raise ModelError(
                 f"attention='cudnn' with dtype={self.dtype!r} and head_size={self.head_size}: cuDNN's flash attention "
-                f"takes bfloat16 and heads of a multiple of 8 features, at most {LARGEST_FUSED_HEAD}"
+                f"takes bfloat16 and heads of a multiple of 8 features, at most {LARGEST_FUSED_HEAD}, or "
+                f"{LARGEST_WIDE_HEAD} from Hopper on"
                 f"{', and no attention_softcap' if self.attention_softcap else ''}.",
                 fix="set attention='auto', dtype='bfloat16', or another head_size.",
             )
@@ -267,13 +271,20 @@ class ModelConfig:
 
     @property
     def can_be_fused(self) -> bool:
-        """Whether cuDNN's flash attention supports this dtype and head size on every GPU from Ampere on.
+        """Whether cuDNN's flash attention supports this dtype and head size, of wide heads on GPUs from Hopper on.
 
-        jax offers it for values as wide as keys alone, which those from latents are not, and without caps of scores.
+        It has no caps of scores.
         """
-        if self.dtype != "bfloat16" or self.latent_size or self.attention_softcap:
+        if self.dtype != "bfloat16" or self.attention_softcap:
             return False
-        return self.head_size % 8 == 0 and self.head_size <= LARGEST_FUSED_HEAD
+        if self.latent_size and self.value_head_size != self.head_size:
+            return (self.head_size, self.value_head_size) == _LATENT_HEADS
+        return self.head_size % 8 == 0 and self.head_size <= LARGEST_WIDE_HEAD
+
+    @property
+    def has_wide_heads(self) -> bool:
+        """Whether heads are wider than every GPU's kernel takes, or keys wider than values."""
+        return self.head_size > LARGEST_FUSED_HEAD or bool(self.latent_size and self.value_head_size != self.head_size)
 
     @property
     def rotated_size(self) -> int:

@@ -14,12 +14,14 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from ...meshes import ModelError
+from ...meshes.device_axes import manual_axes
 from ...meshes.device_kind import device_kind as kind_of_devices
-from ...meshes.device_kind import is_nvidia
-from ..config import ModelConfig
+from ...meshes.device_kind import is_hopper_or_later, is_nvidia
+from ..config import LARGEST_FUSED_HEAD, ModelConfig
 from ..options.by_layer import choose_window
 from ..options.sinks import add_sinks, sink_grads
 from .blockwise import FLASH_OUTPUTS, Limits, attend_blockwise
+from .wide_heads import attend_wide
 
 Kernel = Literal["xla", "cudnn"]
 """The implementation of attention."""
@@ -28,15 +30,32 @@ Kernel = Literal["xla", "cudnn"]
 def choose_kernel(config: ModelConfig, *, device_kind: str | None = None) -> Kernel:
     """Return the attention kernel of a model on devices of this kind; those of the mesh in context if left out.
 
+    Wide heads have a call that the compiler does not split, so it is made inside `shard_map` and on one device alone.
+
     Raises:
-        ModelError: the config asks for cuDNN, and the devices are not NVIDIA GPUs.
+        ModelError: the config asks for cuDNN, and the devices are not NVIDIA GPUs, or not new enough for its heads.
     """
     kind = device_kind or kind_of_devices()
     if config.attention == "cudnn" and not is_nvidia(kind):
         raise ModelError(
             f"attention='cudnn' needs NVIDIA GPUs, but the devices are {kind!r}.", fix="set model.attention='auto'."
         )
-    return "cudnn" if config.attention != "xla" and is_nvidia(kind) and config.can_be_fused else "xla"
+    suits = is_nvidia(kind) and config.can_be_fused
+    if suits and config.has_wide_heads:
+        suits = is_hopper_or_later(kind) and _is_local()
+        if config.attention == "cudnn" and not suits:
+            raise ModelError(
+                f"attention='cudnn' with head_size={config.head_size} needs a GPU from Hopper on and a `shard_map`; "
+                f"the devices are {kind!r}.",
+                fix="set model.attention='auto', which takes XLA's kernel where cuDNN has none.",
+            )
+    return "cudnn" if config.attention != "xla" and suits else "xla"
+
+
+def _is_local() -> bool:
+    """Return whether arrays are blocks of one device: the mesh in context is manual, or of one device, or none."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.empty or set(manual_axes(mesh.axis_names)) == {axis for axis, size in mesh.shape.items() if size > 1}
 
 
 def attend_causally(
@@ -77,6 +96,8 @@ def attend_fused(
     Raises:
         ModelError: jax finds no cuDNN.
     """
+    if q_BTNH.shape[-1] > LARGEST_FUSED_HEAD or q_BTNH.shape[-1] != v_BSKH.shape[-1]:
+        return attend_wide(q_BTNH, k_BSKH, v_BSKH, window, causal)
     seen = (window - 1, 0) if window else None
     try:
         return jax.nn.dot_product_attention(

@@ -11,6 +11,7 @@ from ...layers import ModelConfig
 from ...layers.lora.check_config import lora_targets
 from ...meshes import PlanError
 from ...meshes.arguments import check_choice, check_fields
+from ...meshes.device_kind import is_hopper_or_later
 from ...schedules import Clock, Vocab
 from ..machines.kernel_time import FlashKernel
 from ..machines.topology import Accelerator
@@ -220,12 +221,11 @@ def trellax_runtime(
     """
     check_choice("average", average, get_args(OnOff), error=PlanError)
     averaged = 4 if average == "on" else 0
-    is_fused = model.attention != "xla" and model.can_be_fused and accelerator.key.startswith(_FUSED_ON)
     return replace(
         TRELLAX,
         vocab=vocab,
         sequence_parallel=sequence,
-        attention="fused" if is_fused else "scores",
+        attention="fused" if _is_fused(model, accelerator.key) else "scores",
         # Each device scales its blocks by their own largest values (`../../layers/product.py`); a program for H200 has
         # a maximum and a cast for each factor, and products in 8 bits that read one layout.
         products="fp8-current" if model.matmuls == "fp8" else "plain",
@@ -234,6 +234,12 @@ def trellax_runtime(
         optimizer_bytes=TRELLAX.optimizer_bytes + 2 * averaged,
         **_adapter_traits(model),
     )
+
+
+def _is_fused(model: ModelConfig, key: str) -> bool:
+    """Return whether attention is one kernel on the accelerator with this key."""
+    suits = model.attention != "xla" and model.can_be_fused and key.startswith(_FUSED_ON)
+    return suits and (is_hopper_or_later(key) or not model.has_wide_heads)
 
 
 def _adapter_traits(model: ModelConfig) -> dict[str, Any]:

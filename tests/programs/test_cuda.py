@@ -45,13 +45,18 @@ run_inspect(load_config(config, overrides), argparse.Namespace(target=target, js
 
 def inspect(words: str, *, hlo: str = "", xla_flags: str = "") -> dict[str, object]:
     """The command's JSON, from a process of its own: a target is chosen before jax starts."""
-    for_tests = {"JAX_PLATFORMS", "JAX_NUMPY_RANK_PROMOTION", "XLA_FLAGS", "NPROC"}
-    env = {name: value for name, value in os.environ.items() if name not in for_tests}
-    env |= {"PYTHONPATH": str(ROOT / ".src"), "XLA_FLAGS": xla_flags}
     command = [sys.executable, "-c", RUN, hlo, *words.split()]
+    env = clean_env(xla_flags=xla_flags)
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
+
+
+def clean_env(*, xla_flags: str = "") -> dict[str, str]:
+    """Return the environment of a process that compiles for GPUs, without what the tests set for CPU devices."""
+    for_tests = {"JAX_PLATFORMS", "JAX_NUMPY_RANK_PROMOTION", "XLA_FLAGS", "NPROC"}
+    env = {name: value for name, value in os.environ.items() if name not in for_tests}
+    return env | {"PYTHONPATH": str(ROOT / ".src"), "XLA_FLAGS": xla_flags}
 
 
 def test_a_small_step_on_h200() -> None:

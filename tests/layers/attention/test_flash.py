@@ -88,7 +88,7 @@ LLAMA: dict[str, Any] = {"vocab_size": 64, "num_layers": 1, "hidden_size": 64, "
         ("NVIDIA H200 141GB HBM3e", {"attention": "xla"}, "xla"),
         ("NVIDIA H200 141GB HBM3e", {"dtype": "float32"}, "xla"),
         ("NVIDIA H200 141GB HBM3e", {"head_size": 20}, "xla"),
-        ("NVIDIA H200 141GB HBM3e", {"head_size": 256}, "xla"),
+        ("NVIDIA H200 141GB HBM3e", {"head_size": 256}, "cudnn"),
         ("Tesla V100-SXM2-16GB", {}, "xla"),
         ("TPU v5", {}, "xla"),
     ],
@@ -120,7 +120,7 @@ def test_cudnn_on_other_devices_is_refused(golden: Any) -> None:
     golden("errors/layers/attention_kernel_devices.txt", str(error.value))
 
 
-@pytest.mark.parametrize("changes", [{"dtype": "float32"}, {"head_size": 20}, {"head_size": 256}])
+@pytest.mark.parametrize("changes", [{"dtype": "float32"}, {"head_size": 20}, {"head_size": 264}])
 def test_cudnn_for_a_dtype_or_head_size_that_it_lacks_is_refused(changes: dict[str, Any], golden: Any) -> None:
     with pytest.raises(ModelError) as error:
         ModelConfig(**(LLAMA | {"attention": "cudnn"} | changes))
