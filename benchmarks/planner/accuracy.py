@@ -31,6 +31,7 @@ CALIBRATION: Mapping[str, Mapping[str, str]] = {
         "L740": "speed of products with unaligned heads",
     },
     "narayanan2021": {"table2-zero3": "ZeRO-3 without overlap, over one adapter of a node"},
+    "llm_foundry": {"a100": "of eager code: a layer's wait for its host, and the waits of nodes for each other"},
     "simumax_b200_a100": {
         "memory": "temporary buffers that are alive together",
         "step_time llama3_405b": "share of B200's peak in training, 16 bits",

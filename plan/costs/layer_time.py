@@ -86,8 +86,10 @@ def layer_time(
     # If the host launches kernels more slowly than the device runs them, the device waits, in each pass as a whole.
     passes = 3 if layout.remat == "full" else 2
     waiting = max(0.0, passes * runtime.host_layer_s - (again + input_grad + weight_grad))
+    # Of its gaps a third is the forward's, as of its kernels.
+    waiting += 2 / 3 * runtime.host_gap_s
     return LayerTime(
-        forward=max(forward + comm, runtime.host_layer_s),
+        forward=max(forward + comm, runtime.host_layer_s) + runtime.host_gap_s / 3,
         recompute=again,
         input_grad=input_grad + waiting / 2,
         weight_grad=weight_grad + waiting / 2,

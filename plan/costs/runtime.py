@@ -81,6 +81,8 @@ class Runtime:
         gradient_sums: whether that is an operation of its own, or the end of each product, beside arithmetic.
         optimizer_bytes: memory traffic per parameter of an optimizer step.
         host_layer_s: least seconds of a layer's forward where a host launches its kernels one by one.
+        host_gap_s: seconds in which a device waits for its host in a layer's forward and backward.
+        node_wait: share by which stages slow down each time the nodes double, where all meet in every layer.
 
     Raises:
         PlanError: a number is negative, or a trait is not one of its choices.
@@ -121,6 +123,8 @@ class Runtime:
     gradient_sums: Literal["apart", "in-product"] = "apart"
     optimizer_bytes: int = 32
     host_layer_s: float = 0.0
+    host_gap_s: float = 0.0
+    node_wait: float = 0.0
 
     def __post_init__(self) -> None:
         check_fields(self, error=PlanError, least=0)

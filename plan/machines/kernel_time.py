@@ -20,8 +20,8 @@ from .topology import Accelerator
 MEMORY_SHARE = 0.74
 """Share of the data sheet's memory bandwidth that kernels reach."""
 
-FlashKernel = Literal["vendor", "portable"]
-"""Implementation of fused attention: the vendor's library, or a portable kernel (Triton, FlashAttention 2)."""
+FlashKernel = Literal["vendor", "flash2", "portable"]
+"""Implementation of fused attention: the vendor's library, FlashAttention 2, or its first version and Triton's."""
 
 # Rows and columns of a tile, and its speed relative to the largest: smaller tiles load more data per product.
 _TILES = ((128, 256, 1.0), (128, 128, 0.85), (64, 128, 0.65), (64, 64, 0.5))
@@ -35,9 +35,10 @@ _ITEM_BYTES = {"float32": 4.0, "float8": 1.0, "float4": 0.5}
 _ALIGNED = 8
 _MISALIGNED_SHARE = 0.1
 # Shares of the peak, forward and backward.
-_FLASH_SHARES = {"vendor": (0.6, 0.5), "portable": (0.4, 0.33)}
-# A portable kernel does not use the asynchronous matrix units of Hopper and later.
-_SYNCHRONOUS_SHARE = 0.65
+_FLASH_SHARES = {"vendor": (0.6, 0.5), "flash2": (0.7, 0.6), "portable": (0.4, 0.33)}
+# All but the vendor's do not use the asynchronous matrix units of Hopper and later: FlashAttention 2 reaches 35% of the
+# peak there (Shah et al. 2024, section 1), where it is 70% on A100 (Dao 2023, section 4.1).
+_SYNCHRONOUS_SHARE = 0.5
 _ASYNCHRONOUS = ("h100", "h20", "gh200", "b200", "b300", "gb200", "gb300")
 
 
@@ -84,11 +85,11 @@ def flash_time_s(
 
     Args:
         flops: flops of its matrix products, in the backward with recomputation.
-        kernel: a portable kernel reaches a third of the peak on Hopper, where the vendor's library and FlashAttention 3
-            reach two thirds (Shah et al. 2024, section 4).
+        kernel: all but the vendor's reach half of their share on Hopper and later; the vendor's library and
+            FlashAttention 3 reach two thirds of the peak there (Shah et al. 2024, section 4).
     """
     share = _FLASH_SHARES[kernel][direction == "backward"]
-    if kernel == "portable" and accelerator.key.startswith(_ASYNCHRONOUS):
+    if kernel != "vendor" and accelerator.key.startswith(_ASYNCHRONOUS):
         share *= _SYNCHRONOUS_SHARE
     return flops / (accelerator.peak_flops_per_s(dtype) * share * math.sqrt(accelerator.load))
 

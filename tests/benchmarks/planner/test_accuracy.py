@@ -8,7 +8,7 @@ import tomllib
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
 import pytest
 from hypothesis import given, settings
@@ -37,8 +37,9 @@ BOUNDS = {
     ("megatron_bridge", "step_time lora"): 0.06,
     ("nemo_perf", "step_time fp8"): 0.10,
     ("nemo_perf", "step_time lora"): 0.10,
-    ("torchtitan", "step_time"): 0.08,
-    ("torchtitan", "step_time fp8"): 0.11,
+    ("torchtitan", "step_time"): 0.06,
+    # Rowwise scaling and attention over eight context ranks are 30% off, in opposite directions of the rest.
+    ("torchtitan", "step_time fp8"): 0.115,
     ("maxtext", "step_time"): 0.08,
     ("nanotron_ultrascale", "memory"): 0.12,
     ("tensorrt_llm", "latency"): 0.14,
@@ -48,7 +49,7 @@ BOUNDS = {
     ("kipply_13b", "latency"): 0.12,
     ("simumax_b200_a100", "memory"): 0.01,
     ("simumax_b200_a100", "step_time"): 0.05,
-    ("llm_foundry", "step_time"): 0.12,
+    ("llm_foundry", "step_time"): 0.04,
     ("bigscience_bloom", "step_time"): 0.175,
     ("bigscience_bloom", "memory"): 0.19,
     ("zero_bubble2024", "step_time"): 0.03,
@@ -72,6 +73,13 @@ def test_mean_error_stays_within_its_bound(source: str, quantity: str) -> None:
     (found,) = (one for one in accuracy_of(source) if one.quantity == quantity)
     assert found.used > 0
     assert found.mape <= BOUNDS[source, quantity]
+
+
+def test_eager_code_on_hopper_follows_from_constants_fitted_on_ampere() -> None:
+    (found,) = (one for one in accuracy_of("llm_foundry") if one.quantity == "step_time")
+    held_out = [one for one in found.errors if not one.is_calibrating]
+    assert (len(held_out), {"h100" in one.row.id for one in held_out}) == (41, {True})
+    assert mean(abs(one.prediction.error) for one in held_out) <= 0.035
 
 
 def test_no_row_of_korthikanti_table_5_is_9_percent_off() -> None:

@@ -130,6 +130,28 @@ def test_flops_are_read_by_the_convention_stated_or_by_both(notes: str, quantiti
         assert full > half
 
 
+def test_eager_shards_pay_for_the_host_copies_and_waits_of_nodes() -> None:
+    sharded: dict[str, object] = {"dp": 1, "fsdp": 8, "fsdp_only": True}
+    eager, compiled, pure, second = (
+        predict_row(row({**sharded, **more}, {"step_time_s": 1.0}))[0].predicted
+        for more in ({}, {"compile": True}, {"mp_mode": "PURE"}, {"framework": "torchtitan FSDP2"})
+    )
+    # Four layers of 3 ms each, for one microbatch.
+    assert eager - compiled == pytest.approx(4 * 3e-3)
+    assert pure < eager
+    assert second < eager
+    wide = {**sharded, "fsdp": 16, "gpus": 16, "gpus_per_node": 8, "gbs": 32}
+    pairs = [{}, {"compile": True}]
+    (slow, fast) = (predict_row(row({**wide, **more}, {"step_time_s": 1.0}))[0].predicted for more in pairs)
+    assert slow - fast > eager - compiled
+
+
+def test_collectives_over_tensor_are_hidden_only_by_async_tensor_parallelism() -> None:
+    layout: dict[str, object] = {"dp": 1, "fsdp": 2, "tp": 4, "fsdp_only": True, "gbs": 4, "compile": True}
+    times = [predict_row(row({**layout, "async_tp": how}, {"step_time_s": 1.0}))[0].predicted for how in (True, False)]
+    assert times[0] < times[1]
+
+
 def test_adapters_are_trained_where_a_row_says_so() -> None:
     assert adapter_rank(row({"task": "LoRA"}, {})) == 16
     assert adapter_rank(row({"task": "lora", "lora_rank": 8}, {})) == 8
