@@ -82,7 +82,7 @@ def step_time(
     given: dict[str, Any] = {"layout": layout, "runtime": runtime, "num_tokens": num_tokens}
     times = layer or layer_times(model, **given, topology=topology)
     ends = end_costs(model, **given, topology=topology)
-    layers, placement = stage_layers(model, layout), find_placement(model, **given)
+    layers, placement = stage_layers(model, layout, runtime=runtime), find_placement(model, **given)
     of_stages = [sum_times((times[kind], count) for kind, count in own) for own in kinds_of_stages(model, layers)]
     stages = stage_times(of_stages, ends=ends, runtime=runtime, placement=placement)
     pipeline_s, busy = _pipeline_s(model, stages, ends, **given, num_nodes=topology.num_nodes)

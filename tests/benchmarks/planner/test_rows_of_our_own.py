@@ -153,7 +153,7 @@ def test_memory_of_deepspeed_has_gradients_of_its_part_and_a_driver_reads_more_a
     params = 4 * 12 * 512**2 + (50304 + 512) * 512
     # Two and four bytes of a gradient, of an eighth of the parameters.
     assert own.predicted - plain.predicted == pytest.approx(6 * params / 8, rel=0.01)
-    nodes = {"gpus": 16, "dp": 16, "gbs": 32, "gpus_per_node": 8}
+    nodes: dict[str, object] = {"gpus": 16, "dp": 16, "gbs": 32, "gpus_per_node": 8}
     (near,), (far,) = predict_row(row({}, read)), predict_row(row(nodes, read))
     assert far.predicted - near.predicted == pytest.approx(5e9, rel=0.01)
 
