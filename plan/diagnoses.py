@@ -223,7 +223,7 @@ def _check_balance(question: TrainQuestion, plan: Plan) -> Iterator[Diagnosis]:
     layout = plan.layout
     if layout.pipe == 1:
         return
-    layers = stage_layers(question.model, layout)
+    layers = stage_layers(question.model, layout, runtime=question.priced_runtime)
     placement = find_placement(
         question.model, layout=layout, num_tokens=question.num_tokens, runtime=question.priced_runtime
     )

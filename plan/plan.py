@@ -117,7 +117,7 @@ def step_traffic(model: ModelConfig, *, layout: Layout, num_tokens: int, runtime
         num_sequences=layout.sequences,
         num_tokens=num_tokens,
         num_chunks=layout.chunks,
-        layers_per_stage=stage_layers(model, layout),
+        layers_per_stage=stage_layers(model, layout, runtime=runtime),
         vocab=runtime.vocab,
         context_attention=choose_context_attention(
             model, tensor=layout.tensor, context=layout.context, asked=layout.context_attention

@@ -29,6 +29,7 @@ CALIBRATION: Mapping[str, Mapping[str, str]] = {
     "bigscience_bloom": {
         "L704": "speed of products with unaligned heads",
         "L740": "speed of products with unaligned heads",
+        "memory L5": "of a driver's reading across nodes, bytes that no program uses",
     },
     "narayanan2021": {"table2-zero3": "ZeRO-3 without overlap, over one adapter of a node"},
     "llm_foundry": {"a100": "of eager code: a layer's wait for its host, and the waits of nodes for each other"},

@@ -108,10 +108,21 @@ def row_runtime(row: PublishedRow, accelerator: Accelerator) -> Runtime:
         adapter_rank=adapter_rank(row),
         adapted=ALL_ADAPTED if "all" in str(inputs.get("lora_targets", "")) else QKV_ADAPTED,
         weight_casts="microbatch" if inputs.get("fsdp", 1) > 1 else "step",
-        # With "accumulation" a float32 sum is stored beside the 16-bit gradient; else products add to the sum directly.
-        fresh_gradient_bytes=2 if "fp32 gradient accumulation" in precision else 0,
     )
-    return replace(found, **_sharded_traits(row))
+    return replace(found, **{**_stored_traits(row), **_sharded_traits(row)})
+
+
+def _stored_traits(row: PublishedRow) -> dict[str, Any]:
+    """Return the traits of optimizers that keep more of a gradient than its sum."""
+    traits: dict[str, Any] = {}
+    if "fp32 gradient accumulation" in str(row.inputs.get("precision", "")):
+        # A float32 sum is stored beside the 16-bit gradient, and added to after each product; else products add to it.
+        traits |= {"fresh_gradient_bytes": 2, "gradient_sums": "apart", "sum_traffic_bytes": 2 + 4 + 4}
+    if "Megatron-DeepSpeed" in f"{row.notes} {row.inputs.get('framework')}":
+        # 12 of float32 weights and moments, and of its part's gradients a 16-bit and a float32 copy
+        # (deepspeed/runtime/zero/stage_1_and_2.py).
+        traits["optimizer_state_bytes"] = 12 + 2 + 4
+    return traits
 
 
 def _flash_kernel(row: PublishedRow) -> FlashKernel:

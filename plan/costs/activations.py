@@ -45,8 +45,8 @@ def layer_activation_bytes(model: ModelConfig, *, layout: Layout, runtime: Runti
 def _kept_bytes(model: ModelConfig, *, is_backward_split: bool, key_ranks: int, **sizes: Any) -> float:
     """Return the bytes of a layer whose tokens are all on one device; most layouts of a search share them."""
     sizes["key_ranks"] = key_ranks
-    kept = activation_bytes(model, **sizes).layer
-    kept += split_backward_bytes(model, **sizes) if is_backward_split else 0.0
+    deferred = split_backward_bytes(model, **sizes) + _misplaced_bytes(model, **sizes) if is_backward_split else 0.0
+    kept = activation_bytes(model, **sizes).layer + deferred
     if model.matmuls == "fp8" and sizes["remat"] == "dots":
         # Outputs of products in 8 bits are kept as they are, in float32.
         tokens, tensor = sizes["num_sequences"] * sizes["num_tokens"], sizes["tensor"]
@@ -54,6 +54,21 @@ def _kept_bytes(model: ModelConfig, *, is_backward_split: bool, key_ranks: int, 
         width = attention_widths(model, tensor=tensor).projected + up
         kept += tokens * width * (_FLOAT32 - item_bytes(model))
     return kept
+
+
+def _misplaced_bytes(
+    model: ModelConfig, *, num_sequences: int, num_tokens: int, tensor: int, remat: Remat, **_: Any
+) -> float:
+    """Return how much more than `split_backward_bytes` XLA takes where everything else is stored too.
+
+    In programs for H200 the gradients of queries, keys and values replace those with tensor=1; with tensor=2 the
+    feed-forward's do not replace its outputs, which are there twice.
+    """
+    if remat != "none" or has_own_classes(model) or model.num_experts or model.qk_norm != "off":
+        return 0.0
+    up = (2 if model.is_gated else 1) * model.ffn_size / tensor
+    width = up if tensor > 1 else -attention_widths(model, tensor=1).projected
+    return num_sequences * num_tokens * width * item_bytes(model)
 
 
 def split_backward_bytes(

@@ -102,7 +102,7 @@ def _parts_of_ranks(
     One program for all ranks has room for the layers of the largest stage on each, as layers of two kinds are always
     counted, and for both ends where the vocabulary is not split.
     """
-    layers = stage_layers(model, layout)
+    layers = stage_layers(model, layout, runtime=runtime)
     ranks = range(layout.pipe)
     if runtime.residuals != "trellax":
         return [
@@ -190,13 +190,16 @@ def _rank_memory(
     temporary = copies + tables.copies
     temporary += max(temporary_bytes(kind, **given, gradients=state["layers"]) for kind, _ in layers.stored)
     host = state["optimizer"] if layout.offload == "optimizer" else 0.0
+    activations = kept + _end_bytes(model, **given, held=held)
+    # In the update nothing of a microbatch is left.
+    update = _muon_bytes(layers.stored, layout=layout, updates=state["updates"]) if runtime.kernel_saving_bytes else 0.0
     return MemoryUse(
         weights=state["weights"],
         gradients=state["gradients"] + tables.gradients,
         optimizer=state["optimizer"] - host,
-        activations=kept + _end_bytes(model, **given, held=held),
+        activations=activations,
         # Old and new moments of one part are on the device at a time, when nothing else is temporary.
-        temporary=max(temporary, 2 * host / UPDATE_PARTS),
+        temporary=max(temporary, 2 * host / UPDATE_PARTS, update - activations),
         host=host,
     )
 
@@ -215,10 +218,28 @@ def _rank_state(
     # Frozen weights have neither gradients nor moments.
     trained = trained_params(model, params=params, layout=layout, runtime=runtime, layers=layers) / params
     state |= {name: trained * state[name] for name in ("gradients", "optimizer")}
-    state["weights"] *= 1 + trained if runtime.adapter_rank else 1
+    if runtime.adapter_rank:
+        # Beside frozen weights, adapters are float32 in trellax.
+        state["weights"] *= 1 + trained * (_FLOAT32 / runtime.weight_bytes if runtime.residuals == "trellax" else 1)
     kernels = sum(count * block_matrices(kind, **split) for kind, count in layers)
     state["optimizer"] *= 1 - runtime.kernel_saving_bytes / runtime.optimizer_state_bytes * kernels / params
-    return state | {"layers": state["gradients"] * kernels / params}
+    # An update is float32 and split as the moments are.
+    updates = _FLOAT32 * params / (layout.replicas * layout.context if layout.zero or layout.fsdp > 1 else 1)
+    return state | {"layers": state["gradients"] * kernels / params, "updates": updates}
+
+
+def _muon_bytes(layers: KindCounts, *, layout: Layout, updates: float) -> float:
+    """Return the bytes of Muon's update: all updates, and the largest kernel of all layers of a kind four times.
+
+    XLA gathers kernels over tensor and data for the iteration on their singular values. Four is what the totals of
+    programs for H200 with tensor=4 pipe=2 and with tensor=2 pipe=4 leave (3.9 and 4.0); the buffers were not read.
+    """
+    largest = 0
+    for kind, count in layers:
+        dense = kind.shared_size if kind.num_experts else kind.ffn_size
+        experts = kind.num_experts // layout.expert * kind.expert_size
+        largest = max(largest, count * kind.hidden_size * max(dense, experts, kind.query_size))
+    return updates + 4 * _FLOAT32 * largest
 
 
 def _unrolled_bytes(layers: KindCounts, *, layout: Layout, runtime: Runtime, num_tokens: int) -> float:

@@ -41,7 +41,7 @@ def search_terms(model: ModelConfig, *, layout: Layout, num_tokens: int, runtime
         return None
     stages = stage_costs(
         model,
-        layers_per_stage=stage_layers(model, layout),
+        layers_per_stage=stage_layers(model, layout, runtime=runtime),
         num_tokens=num_tokens,
         vocab=runtime.vocab,
         remat="dots" if layout.remat == "selective" else layout.remat,

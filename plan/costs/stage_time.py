@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from ...layers import ModelConfig
-from ...pipeline import balance_layers
+from ...pipeline import balance_layers, resolve_layers
 from ...pipeline.model.balance import balance_times, layer_times
 from ...schedules import Placement, StageCost
 from ..machines.collective_time import collective_time_s, make_group
@@ -49,14 +49,25 @@ def split_layers(num_layers: int, *, num_stages: int) -> tuple[int, ...]:
     return balance_layers(num_layers, num_stages=num_stages)
 
 
-def stage_layers(model: ModelConfig, layout: Layout) -> tuple[int, ...]:
+def stage_layers(model: ModelConfig, layout: Layout, *, runtime: Runtime) -> tuple[int, ...]:
     """Return the layers of every stage of a layout: those it states, or those of `split_layers`.
 
-    Dense layers before others take another time, and stages are balanced by it.
+    Dense layers before others take another time, and stages are balanced by it. Where the ends of a pipeline have the
+    embedding and the head, trellax balances by their time too.
     """
-    if layout.layers_per_stage or not model.dense_layers:
-        return layout.layers_per_stage or split_layers(model.num_layers, num_stages=layout.num_stages)
+    if layout.layers_per_stage:
+        return layout.layers_per_stage
+    if runtime.residuals == "trellax" and runtime.vocab == "ends" and layout.pipe > 1:
+        return _balance_ends(model, num_ranks=layout.pipe, num_chunks=layout.chunks)
+    if not model.dense_layers:
+        return split_layers(model.num_layers, num_stages=layout.num_stages)
     return _balance_kinds(model, num_stages=layout.num_stages)
+
+
+@lru_cache(maxsize=1024)
+def _balance_ends(model: ModelConfig, *, num_ranks: int, num_chunks: int) -> tuple[int, ...]:
+    sizes = {"num_ranks": num_ranks, "num_chunks": num_chunks}
+    return resolve_layers(model, **sizes, num_tokens=model.max_tokens, vocab="ends")
 
 
 @lru_cache(maxsize=1024)

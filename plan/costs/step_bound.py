@@ -77,7 +77,9 @@ class StepBounds:
     def _kinds_of(self, layout: Layout) -> tuple[KindCounts, ...]:
         """Return the layers of every stage by kind."""
         if layout.num_stages not in self._kinds:
-            self._kinds[layout.num_stages] = kinds_of_stages(self.model, stage_layers(self.model, layout))
+            self._kinds[layout.num_stages] = kinds_of_stages(
+                self.model, stage_layers(self.model, layout, runtime=self.runtime)
+            )
         return self._kinds[layout.num_stages]
 
     def _pipeline_s(self, layout: Layout) -> float:
@@ -125,7 +127,7 @@ class StepBounds:
         """Return the layers that the first rank stores, by kind."""
         key = (layout.pipe, layout.chunks, layout.family.placement)
         if key not in self._held:
-            layers, own = stage_layers(self.model, layout), _place(layout).stages_of(0)
+            layers, own = stage_layers(self.model, layout, runtime=self.runtime), _place(layout).stages_of(0)
             self._held[key] = held_layers(self.model, layers, stages=own).stored
         return self._held[key]
 

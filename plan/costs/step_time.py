@@ -82,13 +82,10 @@ def step_time(
     given: dict[str, Any] = {"layout": layout, "runtime": runtime, "num_tokens": num_tokens}
     times = layer or layer_times(model, **given, topology=topology)
     ends = end_costs(model, **given, topology=topology)
-    layers, placement = stage_layers(model, layout), find_placement(model, **given)
+    layers, placement = stage_layers(model, layout, runtime=runtime), find_placement(model, **given)
     of_stages = [sum_times((times[kind], count) for kind, count in own) for own in kinds_of_stages(model, layers)]
     stages = stage_times(of_stages, ends=ends, runtime=runtime, placement=placement)
-    pipeline_s, busy = _pipeline_s(model, stages, ends, **given)
-    # Hosts that launch kernels one by one do not keep the same pace, and every layer waits for the slowest.
-    slower = 1 + runtime.node_wait * math.log2(topology.num_nodes)
-    pipeline_s, busy = slower * pipeline_s, slower * busy
+    pipeline_s, busy = _pipeline_s(model, stages, ends, **given, num_nodes=topology.num_nodes)
     own, held = held_layers(model, layers, stages=placement.stages_of(0)), ends_of(placement, 0)
     rank = sum_times((of_stages[stage], 1) for stage in placement.stages_of(0))
     data = update_time(model, layout=layout, runtime=runtime, topology=topology, layers=own.stored, ends=held)
@@ -131,6 +128,7 @@ def _pipeline_s(
     layout: Layout,
     runtime: Runtime,
     num_tokens: int,
+    num_nodes: int,
 ) -> tuple[float, float]:
     """Return the seconds of the pipeline, and those in which the mean rank is busy."""
     pipeline_s = pipeline_time_s(
@@ -145,7 +143,9 @@ def _pipeline_s(
         terms=search_terms(model, layout=layout, num_tokens=num_tokens, runtime=runtime),
     )
     busy = layout.microbatches * (sum(stage.total for stage in stages) / layout.pipe + ends.shared_loss)
-    return pipeline_s, busy
+    # Hosts that launch kernels one by one do not keep the same pace, and every layer waits for the slowest.
+    slower = 1 + runtime.node_wait * math.log2(num_nodes)
+    return slower * pipeline_s, slower * busy
 
 
 def _mfu(model: ModelConfig, *, layout: Layout, topology: Topology, num_tokens: int, time_s: float) -> float:

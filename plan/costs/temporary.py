@@ -13,7 +13,7 @@ from ...layers.attention.blockwise import row_blocks
 from ...layers.attention.counts import attention_widths
 from ...layers.projected_loss import chunk_tokens
 from .activations import boundary_bytes, layer_activation_bytes
-from .device_params import End, block_params, device_words, expert_matrices
+from .device_params import End, block_matrices, block_params, device_words, expert_matrices
 from .held_layers import KindCounts
 from .layout import Layout
 from .operations import item_bytes
@@ -45,6 +45,8 @@ def temporary_bytes(
         loss = _megatron_loss_bytes(model, **given, has_head=has_head)
     once = _layer_work(model, **given)
     if runtime.residuals == "trellax" and layout.zero == 3:
+        # A layer's gradients are whole, in float32, before they are split over data.
+        once += _FLOAT32 * block_matrices(model, tensor=layout.tensor, expert=layout.expert) if layout.pipe > 1 else 0.0
         # To gather ahead XLA takes the last layer out of the loop: its residuals are there besides, as they were made.
         loss += layer_activation_bytes(model, **given) if layout.pipe == 1 else 0.0
     if runtime.residuals == "trellax" and layout.pipe == 1:
@@ -74,7 +76,8 @@ def _layer_work(model: ModelConfig, *, layout: Layout, runtime: Runtime, num_tok
     tokens, item = layout.sequences * num_tokens / layout.context, item_bytes(model)
     features = (model.shared_size if model.num_experts else model.ffn_size) / layout.tensor
     num_up = 2 if model.is_gated else 1
-    gradients = item * tokens * (num_up + 1) * features
+    # Of frozen kernels no gradient is made, for which inputs would wait beside these.
+    gradients = item * tokens * (num_up + 1) * features if not runtime.adapter_rank else 0.0
     gradients += boundary_bytes(model, layout=layout, **given)
     if layout.tensor > 1 and runtime.sequence_parallel == "on":
         # Of all tokens: the inputs of attention and of the feed-forward, the gradient that enters, and the one that
@@ -113,6 +116,8 @@ def _round_bytes(model: ModelConfig, *, layout: Layout, tokens: int) -> float:
     if model.expert_overflow == "drop" or capacity >= tokens:
         return item * (rows * (2 * d + features) + kernels)
     further = max(2 * d + 2 * features, 6 * d + 2 * f)
+    # Results and gradients of rows wait for their sums over tensor.
+    further += 2 * d if layout.tensor > 1 else 0
     return item * (rows * (2 * d + further) + 3 * kernels)
 
 
@@ -129,7 +134,10 @@ def _loss_bytes(model: ModelConfig, *, layout: Layout, runtime: Runtime, num_tok
     tokens, item = layout.sequences * num_tokens / layout.context, item_bytes(model)
     held, words = min(tokens, chunk_tokens(model.hidden_size)), device_words(model, layout=layout, runtime=runtime)
     both, d = _FLOAT32 + item, model.hidden_size
-    if _is_one_microbatch(layout):
+    if runtime.adapter_rank:
+        # A frozen table is kept in the compute dtype, and has no gradient.
+        chunk = words * held * both
+    elif _is_one_microbatch(layout):
         # The table's gradient is counted as the step's.
         chunk = words * (held * both + d * item)
     elif held < tokens:

@@ -60,7 +60,9 @@ def test_planned_bytes_in_the_results_are_the_planners() -> None:
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
     of_case = {case.name: case for case in CASES}
     stated = [line for line in cells if line[0] in of_case and line[1] != "-"]
-    assert len(stated) >= 20
+    assert len(stated) >= 40
+    far = [name for name, _, _, error in stated if abs(float(error.rstrip("%"))) > 100 * LIMIT]
+    assert far == [name for name in of_case if "tensor=4 pipe=1 remat=none" in name or "offload=residuals" in name]
     for name, compiled, planned, error in stated:
         assert f"{planned_bytes(of_case[name]) / 1e9:.2f}" == planned
         assert f"{float(planned) / float(compiled) - 1:+.3f}"[:5] == f"{float(error.rstrip('%')) / 100:+.3f}"[:5]

@@ -73,7 +73,7 @@ def test_a_step_takes_the_time_of_its_layers() -> None:
 
 def test_stages_are_balanced_by_time() -> None:
     wide = replace(MIXED, ffn_size=8192)
-    layers = stage_layers(wide, Layout(pipe=2, microbatches=2))
+    layers = stage_layers(wide, Layout(pipe=2, microbatches=2), runtime=TRELLAX)
     costs = [cost.forward for cost in stage_costs(wide, layers_per_stage=layers, num_tokens=64)]
     others = [
         max(cost.forward for cost in stage_costs(wide, layers_per_stage=(count, 6 - count), num_tokens=64))

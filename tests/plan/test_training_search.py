@@ -116,7 +116,7 @@ def whole_step_s(question: TrainQuestion, layout: Layout) -> float:
     runtime = question.priced_runtime
     layer = layer_time(question.model, **sizes, runtime=runtime)
     ends = end_costs(question.model, **sizes, runtime=runtime)
-    layers = stage_layers(question.model, layout)
+    layers = stage_layers(question.model, layout, runtime=question.priced_runtime)
     placement = find_placement(question.model, layout=layout, num_tokens=question.num_tokens, runtime=runtime)
     times = [sum_times([(layer, count)]) for count in layers]
     stages = stage_times(times, ends=ends, runtime=runtime, placement=placement)

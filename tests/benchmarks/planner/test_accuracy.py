@@ -51,7 +51,7 @@ BOUNDS = {
     ("simumax_b200_a100", "step_time"): 0.05,
     ("llm_foundry", "step_time"): 0.04,
     ("bigscience_bloom", "step_time"): 0.175,
-    ("bigscience_bloom", "memory"): 0.19,
+    ("bigscience_bloom", "memory"): 0.05,
     ("zero_bubble2024", "step_time"): 0.03,
     ("zero_bubble2024", "stage_time"): 0.11,
     ("zero_bubble2024", "memory"): 0.04,

@@ -146,6 +146,18 @@ def test_eager_shards_pay_for_the_host_copies_and_waits_of_nodes() -> None:
     assert slow - fast > eager - compiled
 
 
+def test_memory_of_deepspeed_has_gradients_of_its_part_and_a_driver_reads_more_across_nodes() -> None:
+    layout: dict[str, object] = {"zero": 1, "framework": "Megatron-DeepSpeed"}
+    peak, read = {"peak_mem_gb": 4.0}, {"peak_mem_gb_nvidia_smi": 4.0}
+    (own,), (plain,) = predict_row(row(layout, peak)), predict_row(row({"zero": 1}, peak))
+    params = 4 * 12 * 512**2 + (50304 + 512) * 512
+    # Two and four bytes of a gradient, of an eighth of the parameters.
+    assert own.predicted - plain.predicted == pytest.approx(6 * params / 8, rel=0.01)
+    nodes: dict[str, object] = {"gpus": 16, "dp": 16, "gbs": 32, "gpus_per_node": 8}
+    (near,), (far,) = predict_row(row({}, read)), predict_row(row(nodes, read))
+    assert far.predicted - near.predicted == pytest.approx(5e9, rel=0.01)
+
+
 def test_collectives_over_tensor_are_hidden_only_by_async_tensor_parallelism() -> None:
     layout: dict[str, object] = {"dp": 1, "fsdp": 2, "tp": 4, "fsdp_only": True, "gbs": 4, "compile": True}
     times = [predict_row(row({**layout, "async_tp": how}, {"step_time_s": 1.0}))[0].predicted for how in (True, False)]
