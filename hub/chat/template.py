@@ -1,11 +1,10 @@
 """Render a model's chat template, the Jinja text that turns messages into one text.
 
 A template comes with a model, so it is somebody else's program. It runs in Jinja's sandbox without a loader, as
-transformers runs it: it reaches no files, no modules and no attributes of Python. Size and time are bounded too, since
-a sandbox does not end a loop. Read `answers.py` next for what of the text the assistant wrote.
+transformers runs it: it reaches no files, no modules and no attributes of Python. Memory and time are bounded too, see
+`sandbox.py`. Read `answers.py` next for what of the text the assistant wrote.
 """
 
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -17,11 +16,12 @@ from typing import Any, Literal
 
 import jinja2
 from jinja2.ext import Extension
-from jinja2.filters import do_indent
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ...meshes import ServeError, TrellaxError
 from ..folder import find_file, read_file, read_json
+from . import budget
+from .budget import TooMuchError
+from .sandbox import Sandbox
 
 TEMPLATE, TOKENIZER_CONFIG = "chat_template.jinja", "tokenizer_config.json"
 
@@ -61,7 +61,7 @@ class ChatTemplate:
         if len(source) > MAX_TEMPLATE_BYTES:
             raise _broken(f"it has {len(source)} letters, and {MAX_TEMPLATE_BYTES} are read")
         try:
-            self._environment = _environment()
+            self._environment = _Environment()
             self._template = self._environment.from_string(source)
         except (jinja2.TemplateError, RecursionError, SyntaxError, ValueError, OverflowError, MemoryError) as error:
             raise _broken(str(error) or type(error).__name__) from None
@@ -91,13 +91,13 @@ class ChatTemplate:
         limit = _TimeLimit(time.monotonic() + self._max_seconds, name=self._template.filename or "<template>")
         given = {"messages": list(messages), "add_generation_prompt": ends == "prompt", **self._special}
         before, parts, marks = sys.gettrace(), [], _Marks()
-        token = _marks.set(marks)
+        token, left = _marks.set(marks), budget.begin(budget.Budget())
         sys.settrace(limit.trace)
         try:
             for part in self._template.generate(**given):
                 marks.num_letters += len(part)
                 if marks.num_letters > MAX_PROMPT_LETTERS:
-                    raise _TooMuchError(f"it writes more than {MAX_PROMPT_LETTERS} letters")
+                    raise TooMuchError(f"it writes more than {MAX_PROMPT_LETTERS} letters")
                 parts.append(part)
             return marks.apply_to("".join(parts))
         except Exception as error:
@@ -110,6 +110,7 @@ class ChatTemplate:
         finally:
             sys.settrace(before)
             _marks.reset(token)
+            budget.end(left)
 
 
 @dataclass
@@ -122,15 +123,11 @@ class _Marks:
     def apply_to(self, text: str) -> RenderedChat:
         # A macro writes into a buffer of its own, whose place in the text is not known when the mark is met.
         if not all(text.startswith(own, start) for start, own in self.found):
-            raise _TooMuchError("its {% generation %} is inside of a macro or another block")
+            raise TooMuchError("its {% generation %} is inside of a macro or another block")
         return RenderedChat(text=text, spans=tuple((start, start + len(own)) for start, own in self.found if own))
 
 
 _marks: ContextVar[_Marks | None] = ContextVar("marks", default=None)
-
-
-class _TooMuchError(Exception):
-    """A template takes too long, or makes too much."""
 
 
 class _TimeLimit:
@@ -145,36 +142,18 @@ class _TimeLimit:
 
     def _trace_line(self, _frame: FrameType, _event: str, _arg: Any) -> Any:
         if time.monotonic() > self._end_s:
-            raise _TooMuchError("it takes too long")
+            raise TooMuchError("it takes too long")
         return self._trace_line
 
 
-class _Environment(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, in which a product, a power or a format cannot fill the memory."""
+class _Environment(Sandbox):
+    """The sandbox, with what templates of chats have besides."""
 
-    intercepted_binops = frozenset({"*", "**", "%"})
     has_marks = False
     """Whether a template has `{% generation %}`."""
 
-    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805, as Jinja has it
-        """Call a function or method, such as `text.ljust(width)`, without large numbers."""
-        if any(isinstance(value, int) and value > MAX_PROMPT_LETTERS for value in (*args, *kwargs.values())):
-            raise _TooMuchError("a number is too large")
-        return super().call(__context, __obj, *args, **kwargs)
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """Compute a binary operation on numbers of a sensible size."""
-        if operator != "*" and not (_is_small(left) and _is_small(right)):
-            raise _TooMuchError(f"the operator {operator} takes small numbers alone")
-        size = next((len(one) for one in (left, right) if hasattr(one, "__len__")), 1)
-        count = next((one for one in (left, right) if isinstance(one, int)), 1)
-        if abs(count) * size > MAX_PROMPT_LETTERS:
-            raise _TooMuchError("a product is too large")
-        return super().call_binop(context, operator, left, right)
-
-
-def _is_small(value: Any) -> bool:
-    return isinstance(value, int | float) and abs(value) <= 1024
+    def __init__(self) -> None:
+        super().__init__(extensions=[_GenerationTag, "jinja2.ext.loopcontrols"])
 
 
 class _GenerationTag(Extension):
@@ -195,34 +174,6 @@ class _GenerationTag(Extension):
         if marks is not None:
             marks.found.append((marks.num_letters, text))
         return text
-
-
-def _environment() -> _Environment:
-    environment = _Environment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, "jinja2.ext.loopcontrols"]
-    )
-    # They make a text of any width from a number.
-    for name in ("center", "format"):
-        del environment.filters[name]
-    environment.filters |= {"tojson": _to_json, "indent": _indent}
-    names: dict[str, Any] = environment.globals
-    names |= {"raise_exception": _raise, "strftime_now": time.strftime}
-    for name in ("lipsum", "cycler", "joiner"):
-        del names[name]
-    return environment
-
-
-def _indent(text: str, width: int = 4, first: bool = False, blank: bool = False) -> str:
-    return do_indent(text, min(width, 64), first, blank)
-
-
-def _raise(message: str) -> None:
-    raise jinja2.TemplateError(str(message))
-
-
-def _to_json(value: Any, indent: int | None = None) -> str:
-    # Jinja's own escapes letters of HTML.
-    return json.dumps(value, ensure_ascii=False, indent=min(indent, 8) if indent else None)
 
 
 def _broken(why: str) -> ServeError:
