@@ -115,7 +115,8 @@ class Block(nnx.Module):
             apply_norm(self.attention_norm, x_BTD), cache=cache, layer=layer, new=new, **own
         )
         x_BTD = self._add(x_BTD, apply_norm(self.attention_out_norm, attended_BTD))
-        y_BTD = self._feed_forward(apply_norm(self.mlp_norm, x_BTD), None)[0]
+        y_BTD = apply_norm(self.mlp_norm, x_BTD)
+        y_BTD = self.mlp.extend(y_BTD) if isinstance(self.mlp, MoE) else self._feed_forward(y_BTD, None)[0]
         return self._add(x_BTD, apply_norm(self.mlp_out_norm, y_BTD)), cache
 
 

@@ -6,16 +6,17 @@ Read `costs/inference_time.py` for the times, `plan.py` for the result.
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from ..layers import ModelConfig, flops_per_token, param_counts
 from ..meshes.arguments import check_choice, check_count
 from ..meshes.errors import PlanError
 from .costs.device_params import words_of_part
-from .costs.inference_time import COMPILED, InferenceTime, Server, inference_time, kv_bytes_per_token, weight_bytes
+from .costs.inference_time import InferenceTime, Server, inference_time, trellax_server
 from .costs.layout import Layout
 from .costs.memory_model import MemoryUse
+from .costs.serving.held import kv_bytes_per_token, layers_of_device, weight_bytes
 from .explanations import explain_plans
 from .legal_layouts import device_counts, legal_meshes
 from .machines.topology import Topology
@@ -24,8 +25,6 @@ from .training_search import MEMORY_RESERVE
 
 _TOP = 5
 _GB = 1e9
-# Prompt tokens that a server reads at a time, whose activations are in memory together.
-_WORKING_TOKENS = 4096
 _MOST_REQUESTS = 4096
 # Requests for which the cache of one is computed.
 _SAMPLE = 64
@@ -40,7 +39,7 @@ class ServeQuestion:
     Args:
         requests: number of requests served at a time; 0 for as many as the memory of a layout holds, up to 4,096.
         prompt, generated: tokens of each request.
-        server: traits of the inference server.
+        server: traits of the inference server, by default of trellax's own.
 
     Raises:
         PlanError: fewer than one token, or a negative number of requests.
@@ -51,7 +50,7 @@ class ServeQuestion:
     requests: int = 0
     prompt: int = 512
     generated: int = 128
-    server: Server = COMPILED
+    server: Server = field(default_factory=trellax_server)
 
     def __post_init__(self) -> None:
         for name, least in (("requests", 0), ("prompt", 1), ("generated", 1)):
@@ -131,19 +130,20 @@ def balance_plans(plans: Iterable[Plan]) -> list[Plan]:
 def serving_memory(question: ServeQuestion, layout: Layout) -> MemoryUse:
     """Return the memory of the fullest device: weights, the key-value cache of all its requests, and activations."""
     model = question.served_model
-    layers = math.ceil(model.num_layers / layout.pipe)
+    held = question.server.held
     requests = math.ceil(question.requests / layout.data)
     tokens = requests * (question.prompt + question.generated)
-    cache = tokens * layers * kv_bytes_per_token(model, tensor=layout.tensor)
+    cache = tokens * layers_of_device(model, layout=layout, held=held)
+    cache *= kv_bytes_per_token(model, tensor=layout.tensor, held=held)
     # Elements of 16 bit for each token being read: the residual stream with its norms and branches, the feed-forward
     # part, and float32 logits (two elements each) of an eighth of the tokens.
     words = words_of_part(model, parts=layout.tensor)
     width = 4 * model.hidden_size + 3 * model.ffn_size / layout.tensor + 2 * words / 8
     return MemoryUse(
-        weights=weight_bytes(model, layout=layout, server=question.server),
+        weights=weight_bytes(model, layout=layout, held=held),
         gradients=0.0,
         optimizer=0.0,
-        activations=2.0 * min(_WORKING_TOKENS, requests * question.prompt) * width,
+        activations=2.0 * min(held.read_tokens, requests * question.prompt) * width,
         temporary=0.0,
         kv_cache=cache,
     )
@@ -190,8 +190,20 @@ def _price_all(question: ServeQuestion) -> Iterable[Plan]:
     """Yield the plan of every mesh that the model splits over, without more copies of it than requests."""
     for count in device_counts(question.topology):
         for mesh in legal_meshes(question.served_model, num_devices=count):
-            if mesh.data <= (question.requests or mesh.data):
-                yield price_serving(question, Layout(data=mesh.data, tensor=mesh.tensor, pipe=mesh.pipe))
+            for expert in _splits_of_experts(question.served_model, mesh.data):
+                # Shards that share experts are one copy of them.
+                if mesh.data // expert <= (question.requests or mesh.data):
+                    sizes = {"data": mesh.data, "tensor": mesh.tensor, "pipe": mesh.pipe, "expert": expert}
+                    yield price_serving(question, Layout(**sizes))
+
+
+def _splits_of_experts(model: ModelConfig, data: int) -> list[int]:
+    """Return over how many of the data shards the experts of a model may be split."""
+    return [
+        e
+        for e in range(1, data + 1)
+        if data % e == 0 and (e == 1 or (model.num_experts and model.num_experts % e == 0))
+    ]
 
 
 def _position(value: float, values: Sequence[float]) -> float:
@@ -201,7 +213,7 @@ def _position(value: float, values: Sequence[float]) -> float:
 
 def _with_latency_alone(question: ServeQuestion, full: Plan) -> Plan:
     """Return the plan of a full machine with the times of one request alone."""
-    alone = price_serving(replace(question, requests=1), replace(full.layout, data=1))
+    alone = price_serving(replace(question, requests=1), replace(full.layout, data=full.layout.expert))
     assert full.inference is not None
     assert alone.inference is not None
     timing = replace(alone.inference, tokens_per_s=full.inference.tokens_per_s)
@@ -247,6 +259,8 @@ def _decode_traffic(model: ModelConfig, *, layout: Layout, batch: int) -> dict[s
     message, t = 2.0 * batch * model.hidden_size, layout.tensor
     layers = math.ceil(model.num_layers / layout.pipe)
     found = {"tensor": 2 * layers * 2 * (t - 1) / t * message, "pipe": message if layout.pipe > 1 else 0.0}
+    if model.num_experts:
+        found["expert"] = 2 * (layers - model.dense_layers / layout.pipe) * (layout.expert - 1) * message
     return {axis: sent for axis, sent in found.items() if sent}
 
 

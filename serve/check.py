@@ -10,7 +10,6 @@ from ..meshes import MeshAxes, ServeError, ShardingRules
 from ..meshes.arguments import check_choice, check_count
 from ..meshes.axes import DEFAULT_AXES
 from ..meshes.switches import Switch, check_switches
-from .experts import check_experts_whole
 from .requests import Request
 from .stacks import LayerLoop, layers_of_stages
 from .state import MAX_STOPS, Fill
@@ -26,13 +25,12 @@ def check_model(
 
     Raises:
         MeshError: an axis with several devices has no role.
-        ModelError: heads or feed-forward features do not split over `tensor`.
+        ModelError: heads or feed-forward features do not split over `tensor`, or experts over `expert`.
         ScheduleError: there are fewer layers than stages.
-        ServeError: `max_tokens` is below 1, the cache is longer than the context of the model, an axis splits experts
-            or the tokens of a sequence, or a class of the user's has no cache.
+        ServeError: `max_tokens` is below 1, the cache is longer than the context of the model, an axis splits the
+            tokens of a sequence, or a class of the user's has no cache.
     """
     check_count("max_tokens", max_tokens, error=ServeError)
-    check_experts_whole(sizes, axes=axes)
     for axis in axes.context:
         if sizes[axis] > 1:
             raise ServeError(

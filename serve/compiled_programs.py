@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from ..layers import ModelConfig
 from ..layers.quantized import Weights
-from ..meshes import MeshAxes, ShardingRules
+from ..meshes import MeshAxes, ShardingRules, mesh_sizes
 from ..meshes.axes import DEFAULT_AXES
 from ..meshes.processes.messages import require_one_program
 from ..pipeline.model.trees import on_mesh
@@ -56,7 +56,8 @@ def compile_programs(
     rules = ShardingRules.of(axes)
     own: dict[str, Any] = {"layers": layers, "axes": axes, "weights": weights}
     params = stage_shapes(config, mesh=mesh, **own)
-    of_chunk, of_group = (with_room(config, num_tokens=count) for count in (sizes.chunk, sizes.group_size))
+    sharers = mesh_sizes(mesh, axes=axes).expert
+    of_chunk, of_group = (with_room(config, num_tokens=sharers * count) for count in (sizes.chunk, sizes.group_size))
     prefills = decodes = Stage(of_group, mesh, **own)
     if of_chunk != of_group:
         prefills = Stage(of_chunk, mesh, **own)

@@ -72,7 +72,8 @@ class _DecodeLoop:
         def work(state: ServeState) -> tuple[ServeState, Any]:
             return self._work(state, chosen, is_full_B, row, tick // self.ticks)
 
-        state, (x, message_B, chosen) = jax.lax.cond(is_full_B.any(), work, lambda state: (state, idle), state)
+        has_work = self.stage.any_together(is_full_B.any())
+        state, (x, message_B, chosen) = jax.lax.cond(has_work, work, lambda state: (state, idle), state)
         return self._exchange(state, x, message_B, tick), chosen
 
     def _work(
@@ -107,7 +108,7 @@ class _DecodeLoop:
         )
         is_counted_B = is_full_B & (self.stage.rank == self.last) & is_penalized(slots.settings)
         seen = count_tokens(state.seen, message_B, row=row, is_counted_B=is_counted_B, axes=self.stage.vocab_axes)
-        state = replace(state, cache=cache, seen=seen, busy=state.busy + 1)
+        state = replace(state, cache=cache, seen=seen, busy=state.busy + is_full_B.any())
         return state, (x[None], jnp.where(is_full_B, message_B, NOTHING), chosen)
 
     @jax.named_scope("exchange")

@@ -1,15 +1,13 @@
-"""Give experts room for the tokens of a call, and refuse to split them between devices.
+"""Give experts room for the tokens of a call.
 
 Training gives an expert room for a little more than its mean load, and what exceeds it takes further rounds. Here a
 token's neighbours are other people's requests, and rows of slots that are not in use: they must not change its answer,
 nor the number of rounds in which all weights of experts are read. Read `stage.py` next.
 """
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 from ..layers import ModelConfig
-from ..meshes import MeshAxes, ServeError
 
 MOST_TOKENS = 256
 """The most tokens of a call for which every expert has room for all: a GPU reads the weights of an expert in the time
@@ -17,29 +15,13 @@ in which it multiplies them with 200 (H200) to 300 (H100) tokens, so that the em
 
 
 def with_room(config: ModelConfig, *, num_tokens: int) -> ModelConfig:
-    """Return the config with which to run this many tokens at a time; no token of a request is ever left out.
+    """Return the config with which to run this many tokens at a time, those of all devices that share the experts.
 
-    With more than `MOST_TOKENS` experts have the room of the config, and tokens beyond it take further rounds. Then a
-    token's experts are added in an order that depends on other tokens, and sums differ by rounding.
+    No token of a request is ever left out. With more than `MOST_TOKENS` experts have the room of the config, and tokens
+    beyond it take further rounds. Then a token's experts are added in an order that depends on other tokens, and sums
+    differ by rounding.
     """
     if not config.num_experts:
         return config
     room = config.num_experts / config.experts_per_token if num_tokens <= MOST_TOKENS else config.expert_capacity
     return replace(config, expert_overflow="rounds", expert_capacity=room)
-
-
-def check_experts_whole(sizes: Mapping[str, int], *, axes: MeshAxes) -> None:
-    """Raise if a mesh has an axis that splits experts.
-
-    Devices along it would all have to take part in every call, and those of other sequences may be idle.
-
-    Raises:
-        ServeError: with the axis and its size.
-    """
-    for axis in axes.having("expert"):
-        if sizes.get(axis, 1) > 1:
-            raise ServeError(
-                f"mesh axis {axis}={sizes[axis]} splits experts, and a server has all experts of a layer on each "
-                "device, their features split over tensor.",
-                fix=f"leave {axis} out, and give its devices to tensor, pipe or data.",
-            )

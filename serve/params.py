@@ -26,7 +26,6 @@ from ..pipeline.model.joined_block import JoinedBlock
 from ..pipeline.model.stack import cut_kind
 from ..pipeline.model.trees import on_mesh
 from ..schedules import Placement
-from .experts import check_experts_whole
 from .stacks import LayerLoop, StageStack, layers_of_stages, stage_stacks
 
 Stacks = tuple[StageStack, ...]
@@ -54,12 +53,10 @@ def param_shapes(
 
     Raises:
         MeshError: an axis with several devices has no role.
-        ModelError: heads or feed-forward features do not split over the mesh.
+        ModelError: heads, feed-forward features or experts do not split over the mesh.
         ScheduleError: there are fewer layers than pipe stages.
-        ServeError: an axis splits experts.
     """
     axes = mesh_sizes(mesh, axes=axes).roles
-    check_experts_whole(mesh.shape, axes=axes)
     rules = model_rules(config, mesh.shape, rules=ShardingRules.of(axes))
     layers_of_stages(config, num_ranks=mesh.shape[axes.pipe])
     model = nnx.eval_shape(lambda: _build(config, rules, weights))
@@ -109,7 +106,7 @@ def stage_shapes(
     natural = param_shapes(config, mesh=mesh, dtype=dtype, axes=axes, weights=weights)
     blocks: list[Any] = []
     for kind, stacks in _stacks_by_kind(config, mesh=mesh, layers=layers, axes=axes):
-        block = block_on(mesh, kind.config, axes=axes, weights=weights)
+        block = block_on(mesh, kind, model=config, axes=axes, weights=weights)
         cut = jax.eval_shape(partial(_to_stacks, stacks), _of_kind(natural["blocks"], kind))
         joined = jax.eval_shape(lambda cut, block=block: [_join(block, mesh, axes.pipe, stack) for stack in cut], cut)
         shardings = _stage_shardings(block.joined_specs, mesh, axes.pipe)
@@ -139,7 +136,7 @@ def stage_params(
     blocks: list[Any] = []
     for kind, stacks in _stacks_by_kind(config, mesh=mesh, layers=layers, axes=axes):
         given = _of_kind(params["blocks"], kind)
-        block = block_on(mesh, kind.config, axes=axes, weights=weights)
+        block = block_on(mesh, kind, model=config, axes=axes, weights=weights)
         blocks += _cut_kind(given, stacks, block, mesh=mesh, pipe=axes.pipe)
     return {"blocks": tuple(blocks), **_pad_ends(params, mesh, axes)}
 
@@ -173,11 +170,12 @@ def _of_kind(blocks: Any, kind: LayerKind) -> Any:
 
 
 def block_on(
-    mesh: Mesh, config: ModelConfig, *, axes: MeshAxes = DEFAULT_AXES, weights: Weights = "plain"
+    mesh: Mesh, kind: LayerKind, *, model: ModelConfig, axes: MeshAxes = DEFAULT_AXES, weights: Weights = "plain"
 ) -> JoinedBlock:
-    """Return the structure of a block on a mesh, before and after layers are joined."""
-    rules = model_rules(config, mesh.shape, rules=ShardingRules.of(axes))
-    return JoinedBlock.on(mesh, config=config, rules=rules, weights=weights)
+    """Return the structure of a kind of block of a model on a mesh, before and after layers are joined."""
+    # The rules of the whole model: a mesh may split its experts, though a dense kind of layer has none.
+    rules = model_rules(model, mesh.shape, rules=ShardingRules.of(axes))
+    return JoinedBlock.on(mesh, config=kind.config, rules=rules, weights=weights)
 
 
 def _to_stacks(stacks: Stacks, blocks: Any) -> tuple[Any, ...]:

@@ -50,7 +50,7 @@ def prefill(
         def work(carry: Any) -> Any:
             return _work(carry, stage=stage, params=params, slots=slots, chunk=chunk, item=item)
 
-        state, x, chosen = jax.lax.cond(stage.vary(is_here), work, lambda carry: carry, carry)
+        state, x, chosen = jax.lax.cond(stage.any_together(stage.vary(is_here)), work, lambda carry: carry, carry)
         return state, stage.pass_on(x, shape="line"), chosen
 
     state, _, chosen = jax.lax.fori_loop(0, num_chunks + stage.num_ranks - 1, tick, (state, x, chosen))
@@ -90,7 +90,7 @@ def _work(carry: Any, *, stage: Stage, params: Any, slots: SlotInputs, chunk: Ch
         is_counted_B=is_chosen & is_penalized(own.settings),
         axes=stage.vocab_axes,
     )
-    return replace(state, cache=cache, seen=seen, busy=state.busy + 1), x, chosen
+    return replace(state, cache=cache, seen=seen, busy=state.busy + (chunk.count > 0)), x, chosen
 
 
 def _open(state: ServeState, chunks: Chunks, chosen: Choice) -> ServeState:

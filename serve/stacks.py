@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from ..layers import ModelConfig, param_counts
+from ..layers import ModelConfig
 from ..layers.experts.kinds import LayerKind, layer_kinds, layers_by_kind
-from ..pipeline.model.balance import balance_times
+from ..pipeline.model.balance import decode_layers
 
 LayerLoop = Literal["loop", "unrolled"]
 """Whether a rank runs its layers in one loop over stacked arrays, or each layer has its own arrays and code.
@@ -81,9 +81,4 @@ def layers_of_stages(config: ModelConfig, *, num_ranks: int) -> tuple[int, ...]:
     Raises:
         ScheduleError: there are fewer layers than stages.
     """
-    # Decoding is bound by memory: layers and head take the time of reading their weights.
-    kinds = layer_kinds(config)
-    blocks = [param_counts(kind.config).block for kind in kinds]
-    times = [own / blocks[-1] for kind, own in zip(kinds, blocks, strict=True) for _ in range(kind.num_layers)]
-    head = config.vocab_size * config.hidden_size / blocks[-1]
-    return balance_times(times, num_stages=num_ranks, last_extra=head if num_ranks > 1 else 0.0)
+    return decode_layers(config, num_stages=num_ranks)

@@ -1,7 +1,7 @@
 """Run one rank's part of the model on new tokens: embedding, its layers with the cache, and head with sampling.
 
 For use inside `shard_map` over all mesh axes. All collectives are explicit, here or in the layers: two all-reduces per
-layer over `tensor`. Read `decode.py` next.
+layer over `tensor`, and where experts are split what `layers/experts/summed.py` says. Read `decode.py` next.
 """
 
 from collections.abc import Callable
@@ -14,6 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from ..layers import Embedding, Head, KVCache, ModelConfig, NewTokens, Transformer
+from ..layers.collectives import max_blocks
 from ..layers.experts.kinds import layer_kinds
 from ..layers.quantized import Weights
 from ..meshes import MeshAxes, ShardingRules
@@ -46,7 +47,7 @@ class Stage:
         self.config, self.num_ranks, self.rules = config, mesh.shape[axes.pipe], ShardingRules.of(axes)
         self.stacks = stage_stacks(config, num_ranks=self.num_ranks, layers=layers)
         self._blocks = {
-            kind.name: block_on(mesh, kind.config, axes=axes, weights=weights) for kind in layer_kinds(config)
+            kind.name: block_on(mesh, kind, model=config, axes=axes, weights=weights) for kind in layer_kinds(config)
         }
         model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), rules=self.rules))
         self._graphs: dict[str, Any] = {name: nnx.split(getattr(model, name))[0] for name in ("embed", "head")}
@@ -64,6 +65,14 @@ class Stage:
     def rank(self) -> jax.Array | int:
         """The position of this device along `pipe`."""
         return jax.lax.axis_index(self.pipe) if self.num_ranks > 1 else 0
+
+    def any_together(self, has_work: jax.Array) -> jax.Array:
+        """Return whether this device has work, or one with which it shares experts, which take part in each layer.
+
+        It costs an all-reduce of one number over the axes that split experts, if there are any.
+        """
+        axes = manual_axes(self.rules.axes("experts")) if self.config.num_experts else ()
+        return self.vary(max_blocks(has_work.astype(jnp.int32), axes) > 0) if axes else has_work
 
     def on_rank(self, rank: int, work: Any, otherwise: Any) -> Any:
         """Return `work()` on one rank and `otherwise()` on the others; no rank runs both."""

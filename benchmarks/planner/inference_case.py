@@ -9,6 +9,7 @@ from trellax.layers import ModelConfig
 from trellax.plan.costs.inference_time import COMPILED, EAGER, Server, inference_time
 from trellax.plan.costs.layout import Layout
 from trellax.plan.costs.product_format import FORMATS
+from trellax.plan.costs.serving.held import Held
 from trellax.plan.machines.topology import Topology
 
 from .rows import PublishedRow
@@ -93,8 +94,8 @@ def _server(row: PublishedRow) -> Server:
     if narrow != "plain":
         # Weights are stored as they are multiplied, and so are keys and values.
         size = FORMATS[narrow].item_bytes
-        return replace(COMPILED, products=narrow, weight_bytes=size, cache_bytes=size)
+        return replace(COMPILED, products=narrow, held=Held(weight=size, cached=size))
     for name, (size, share) in _QUANTISED.items():
         if precision.startswith(name):
-            return replace(server, weight_bytes=size, expand_share=share)
+            return replace(server, held=Held(weight=size), expand_share=share)
     return server

@@ -36,6 +36,12 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--generate", type=parse_whole, default=128, metavar="N", help="tokens of a request's answer (default 128)"
     )
+    parser.add_argument(
+        "--weights", metavar="T", help="of a server: weights of linear layers, plain, int8 or fp8 (default: plain)"
+    )
+    parser.add_argument(
+        "--cache-dtype", metavar="T", help="of a server: cached keys and values, bfloat16 (default), float32 or fp8"
+    )
     parser.add_argument("--png", metavar="FILE", help="plot step time against memory for all layouts")
     parser.add_argument("--write", metavar="FILE", help="write the config with the best plan's mesh and schedule")
 
@@ -69,6 +75,12 @@ def check_plan_arguments(args: argparse.Namespace) -> None:
             f"--this prices the config's training step, and --objective {args.objective} is for serving.",
             fix="leave out one of them.",
         )
+    for option, value in (("--weights", args.weights), ("--cache-dtype", args.cache_dtype)):
+        if value and not is_serving(args):
+            raise PlanError(
+                f"{option} {value} is of a server, and --objective {args.objective} is for training.",
+                fix=f"add --objective {_OF_SERVING[0]}, or leave {option} out.",
+            )
     check_output_files(args.png, args.write)
 
 

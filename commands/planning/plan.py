@@ -16,7 +16,7 @@ from ...configs.layout import layout_of, question_of
 from ...configs.run_config import RunConfig
 from ...configs.write_plan import write_plan
 from ...meshes import PlanError, TrellaxError
-from ...plan.costs.inference_time import COMPILED
+from ...plan.costs.inference_time import trellax_server
 from ...plan.diagnoses import diagnose
 from ...plan.evidence import find_evidence
 from ...plan.machines.detect import detect_topology
@@ -159,7 +159,7 @@ def _make_serving_question(question: TrainQuestion, args: argparse.Namespace) ->
         requests=1 if args.objective == "latency" else args.requests,
         prompt=args.prompt,
         generated=args.generate,
-        server=COMPILED,
+        server=trellax_server(weights=args.weights or "plain", cache_dtype=args.cache_dtype or "bfloat16"),
     )
 
 

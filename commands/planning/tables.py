@@ -86,7 +86,9 @@ def _describe_work(config: RunConfig, args: argparse.Namespace) -> str:
     size = f"{config.run.name}: " + (f"{count / _GB:.3g} billion" if count >= _GB else f"{count / 1e6:.3g} million")
     size += " parameters"
     if is_serving(args):
-        return f"{size} in 16 bit, {args.prompt} tokens read and {args.generate} written for each request"
+        formats = "16 bit" if args.weights in (None, "plain") else args.weights
+        formats += f" with a cache in {args.cache_dtype}" if args.cache_dtype else ""
+        return f"{size} in {formats}, {args.prompt} tokens read and {args.generate} written for each request"
     return f"{size}, {config.train.batch_size} x {config.data.seq_len} tokens a step"
 
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ...meshes import DEFAULT_RULES, ShardingRules
-from ...meshes.device_axes import manual_axes, mark_varying
+from ...meshes.device_axes import manual_axes, mark_varying, num_manual_blocks
 from ..collectives import gather_tokens, leave_split, max_blocks, run_in_blocks
 from ..config import ModelConfig
 from ..mlp import MLP, gate_of
@@ -29,6 +29,7 @@ from ..quantized import scale_of
 from .rounds import Kernels, Room, Weight, run_further_rounds, run_round
 from .router import Router, count_tokens, router_loss
 from .slots import order_pairs
+from .summed import is_sum_cheaper, run_own_experts
 
 
 @jax.tree_util.register_dataclass
@@ -110,7 +111,7 @@ class MoE(nnx.Module):
         """
         routing = self.router(x_BTD)
         counts_BE = count_tokens(routing, rules=self.rules)
-        kernels = Kernels(up=self.up.weights, gate=self.gate and self.gate.weights, down=self.down.weights)
+        kernels = self._kernels
         tokens = ("batch", "stream_tokens", None)
         of_kernels = Kernels(up=self.up.dims, gate=self.gate and self.gate.dims, down=self.down.dims)
         run = run_in_blocks(
@@ -125,6 +126,31 @@ class MoE(nnx.Module):
         metrics = {"expert_tokens": counts_BE.sum(0), "dropped_pairs": dropped}
         return y_BTD, ExpertStats(loss=loss, metrics=jax.lax.stop_gradient(metrics))
 
+    def extend(self, x_BTD: jax.Array) -> jax.Array:
+        """Return the output for new tokens in a server, inside `shard_map`: x[B@(data, expert), T, D] -> y.
+
+        All devices along expert must run it together. The way to the experts is the one that sends less, see
+        `summed.py`.
+        """
+        axes, rows = self.rules.axes("experts"), x_BTD.shape[0] * x_BTD.shape[1]
+        parts = num_manual_blocks(axes)
+        if parts == 1 or not is_sum_cheaper(self.config, num_tokens=rows, parts=parts):
+            return self(x_BTD)[0]
+        x_nD = x_BTD.reshape(rows, -1)
+        room = self._room(rows * parts, axes=())
+        y_nD = run_own_experts(x_nD, self.router, self._kernels, room=room, axes=axes)
+        y_BTD = leave_split(y_nD.reshape(x_BTD.shape), self.rules.axes("ffn"))
+        return y_BTD if self.shared is None else y_BTD + self.shared(x_BTD)
+
+    @property
+    def _kernels(self) -> Kernels:
+        return Kernels(up=self.up.weights, gate=self.gate and self.gate.weights, down=self.down.weights)
+
+    def _room(self, num_tokens: int, *, axes: tuple[str, ...]) -> Room:
+        """Return the room of the experts for so many tokens of a device; over `axes` they are exchanged."""
+        capacity, features = self.config.expert_rows(num_tokens), self.rules.axes("ffn")
+        return Room(capacity=capacity, axes=axes, features=features, gate=gate_of(self.config))
+
     def _run(
         self, x_BTD: jax.Array, experts_BTk: jax.Array, weights_BTk: jax.Array, kernels: Kernels
     ) -> tuple[jax.Array, jax.Array]:
@@ -136,8 +162,7 @@ class MoE(nnx.Module):
         experts_BTk = gather_tokens(experts_BTk, tokens)
         x_nD, weights_nk, experts_nk = (leaf.reshape(-1, leaf.shape[-1]) for leaf in (*whole, experts_BTk))
         order = order_pairs(experts_nk, num_experts=config.num_experts)
-        how: dict[str, Any] = {"axes": self.rules.axes("experts"), "features": features, "gate": gate_of(config)}
-        room = Room(capacity=config.expert_rows(len(x_nD)), **how)
+        room = self._room(len(x_nD), axes=self.rules.axes("experts"))
         given = (x_nD.astype(config.dtype), weights_nk, kernels)
         y_nD = run_round(*given, room.slots(order, 0), room)
         dropped = jnp.zeros((), jnp.int32)

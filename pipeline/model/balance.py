@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal, get_args
 
-from ...layers import ModelConfig, Remat, flops_per_token
+from ...layers import ModelConfig, Remat, flops_per_token, param_counts
 from ...layers.experts.kinds import layer_kinds
 from ...meshes import ScheduleError
 from ...meshes.arguments import check_choice, check_count, check_number
@@ -47,6 +47,21 @@ class EndTimes:
     embedding: float
     embedding_grad: float
     head: float
+
+
+def decode_layers(config: ModelConfig, *, num_stages: int) -> tuple[int, ...]:
+    """Return the number of layers of each stage of a server that spreads the bytes read per token evenly.
+
+    Decoding is bound by memory: layers and head take the time of reading their weights.
+
+    Raises:
+        ScheduleError: there are fewer layers than stages.
+    """
+    kinds = layer_kinds(config)
+    blocks = [param_counts(kind.config).block for kind in kinds]
+    times = [own / blocks[-1] for kind, own in zip(kinds, blocks, strict=True) for _ in range(kind.num_layers)]
+    head = config.vocab_size * config.hidden_size / blocks[-1]
+    return balance_times(times, num_stages=num_stages, last_extra=head if num_stages > 1 else 0.0)
 
 
 def balance_layers(

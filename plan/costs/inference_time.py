@@ -5,22 +5,25 @@ launches of kernels, then the latency of small collectives (Pope et al. 2022, se
 """
 
 import math
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, get_args
 
-from ...layers import ModelConfig, param_counts
-from ...layers.attention.counts import attention_widths
-from ...layers.experts.kinds import kinds_within, layer_kinds
+from ...layers import ModelConfig
+from ...layers.attention.cache import CacheDtype
+from ...layers.experts.kinds import layer_kinds
+from ...layers.quantized import Weights
 from ...meshes import PlanError
-from ...meshes.arguments import check_count, check_fields
+from ...meshes.arguments import check_choice, check_count, check_fields
 from ..machines.collective_time import Group, collective_time_s, make_group
 from ..machines.kernel_time import matmul_time_s, memory_time_s
 from ..machines.topology import Topology
-from .device_params import block_params, words_of_part
+from .device_params import words_of_part
 from .layout import Layout
 from .operations import LayerSize, Product, Stream, item_bytes, layer_operations
 from .product_format import FORMATS, FormatName
 from .runtime import Runtime
+from .serving.held import Held, kv_bytes_per_token
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +32,8 @@ class Server:
 
     `kernels` is the number of kernels per layer, `gap_s` the seconds between two, `host_layer_s` the seconds in which a
     host launches those of a layer. `all_reduce` is NCCL's, or one kernel that reads its neighbours' memory.
-    `weight_bytes` are those of one weight; weights of less than 2 bytes are expanded while they are read, which reaches
-    `expand_share` of the bandwidth, unless `products` multiplies them as they are. A cached number has `cache_bytes`.
+    `held` says in how many bytes; weights of less than 2 bytes are expanded while they are read, which reaches
+    `expand_share` of the bandwidth, unless `products` multiplies them as they are.
 
     Raises:
         PlanError: a number is below its least value, or `all_reduce` is unknown.
@@ -40,10 +43,9 @@ class Server:
     gap_s: float = 4e-6
     host_layer_s: float = 0.0
     all_reduce: Literal["nccl", "direct"] = "nccl"
-    weight_bytes: float = 2.0
     expand_share: float = 1.0
     products: FormatName = "plain"
-    cache_bytes: float = 2.0
+    held: Held = field(default_factory=Held)
 
     def __post_init__(self) -> None:
         check_fields(self, error=PlanError)
@@ -51,6 +53,36 @@ class Server:
 
 COMPILED = Server()
 """One compiled program per token, whose kernels follow each other without the host."""
+
+FORMAT_BYTES: Mapping[str, float] = {"plain": 2.0, "int8": 1.0, "fp8": 1.0, "bfloat16": 2.0, "float32": 4.0}
+"""Bytes of a number in each format of weights, or of the cache, of trellax's server."""
+
+_SCALE_BYTES = 4.0
+_CHUNK = 64
+
+
+def trellax_server(*, weights: str = "plain", cache_dtype: str = "bfloat16") -> Server:
+    """Return the traits of trellax's own server, with weights and cache in one of its formats.
+
+    >>> trellax_server(weights="int8", cache_dtype="fp8").held.weight
+    1.0
+
+    Raises:
+        PlanError: one of the formats is unknown.
+    """
+    check_choice("weights", weights, get_args(Weights), error=PlanError)
+    check_choice("cache_dtype", cache_dtype, get_args(CacheDtype), error=PlanError)
+    held = Held(
+        stages="padded",
+        weight=FORMAT_BYTES[weights],
+        other=2.0,
+        channel=0.0 if weights == "plain" else _SCALE_BYTES,
+        cached=FORMAT_BYTES[cache_dtype],
+        cached_head=_SCALE_BYTES if cache_dtype == "fp8" else 0.0,
+        read_tokens=_CHUNK,
+    )
+    return replace(COMPILED, held=held)
+
 
 EAGER = Server(kernels=12, host_layer_s=110e-6)
 """A host that launches every kernel (FasterTransformer), for which short layers wait."""
@@ -138,7 +170,7 @@ def _decode_layer_s(
 ) -> float:
     """Return the seconds of one layer of a kind for one token of each request."""
     device, t = topology.accelerator.in_bursts, layout.tensor
-    size = LayerSize(sequences=batch, queries=1, keys=1, tensor=t)
+    size = LayerSize(sequences=batch, queries=1, keys=1, tensor=t, expert=layout.expert)
     busy = 0.0
     for operation in layer_operations(model, size=size, runtime=_RUNTIME):
         if isinstance(operation, Product) and operation.part == "weights":
@@ -146,45 +178,25 @@ def _decode_layer_s(
         elif isinstance(operation, Stream) and operation.part == "vector":
             busy += memory_time_s(device, num_bytes=operation.forward_bytes)
     # The core of attention, left out above, takes the time of reading the cache.
-    cache = batch * context * kv_bytes_per_token(model, tensor=t) * server.cache_bytes / 2
+    cache = batch * context * kv_bytes_per_token(model, tensor=t, held=server.held)
     busy += memory_time_s(device, num_bytes=cache)
     busy += server.kernels * server.gap_s
     group = make_group(topology, size=t, stride=1)
     message = batch * model.hidden_size * item_bytes(model)
     # Two all-reduces a layer: after attention and after the feed-forward part.
-    return max(busy, server.host_layer_s) + 2 * _all_reduce_s(message, group, topology, server)
-
-
-def kv_bytes_per_token(model: ModelConfig, *, tensor: int) -> float:
-    """Return the bytes that one layer caches for a token on one device: its keys and values, or its latent vector."""
-    own = attention_widths(model, tensor=tensor)
-    width = model.latent_size + own.shared if model.latent_size else own.key + own.value
-    return width * item_bytes(model)
-
-
-def weight_bytes(model: ModelConfig, *, layout: Layout, server: Server = COMPILED) -> float:
-    """Return the bytes of weights on the fullest device of an inference layout."""
-    layers = math.ceil(model.num_layers / layout.pipe)
-    # The last stage has the largest layers; room for dense ones, which others have, is on each.
-    held = kinds_within(model, first=model.num_layers - layers, count=layers)
-    if model.dense_layers:
-        dense, *_ = layer_kinds(model)
-        held[dense.config] = min(layers, dense.num_layers)
-    counts = param_counts(model)
-    ends = (counts.total - counts.blocks) / layout.tensor
-    end = ends if layout.pipe == 1 else ends / 2
-    blocks = sum(count * block_params(kind, tensor=layout.tensor) for kind, count in held.items())
-    return server.weight_bytes * (blocks + end)
+    sent = 2 * _all_reduce_s(message, group, topology, server) + _share_tokens_s(model, message, layout, topology)
+    return max(busy, server.host_layer_s) + sent
 
 
 def _decode_product_s(operation: Product, topology: Topology, model: ModelConfig, server: Server) -> float:
     """Return the seconds of a product with weights, or of reading and expanding weights below 16 bit."""
     device = topology.accelerator.in_bursts
     narrow = FORMATS[server.products]
-    if server.weight_bytes == 2.0 or narrow.is_narrow:
+    if server.held.weight == 2.0 or narrow.is_narrow:
         dtype = narrow.dtype or model.dtype
-        return matmul_time_s(device, m=operation.m, n=operation.n, k=operation.k, dtype=dtype)
-    stored = server.weight_bytes * operation.k * operation.n
+        sizes = {"m": operation.m, "n": operation.n, "k": operation.k, "batch": operation.batch}
+        return matmul_time_s(device, **sizes, dtype=dtype)
+    stored = server.held.weight * operation.k * operation.n * operation.batch
     return memory_time_s(device, num_bytes=stored / server.expand_share)
 
 
@@ -196,6 +208,15 @@ def _all_reduce_s(num_bytes: float, group: Group, topology: Topology, server: Se
         return nccl
     start = _DIRECT_START_S + _DIRECT_STEP_S * math.log2(group.size)
     return min(nccl, start + (group.size - 1) * num_bytes / topology.accelerator.link_bytes_per_s)
+
+
+def _share_tokens_s(model: ModelConfig, message: float, layout: Layout, topology: Topology) -> float:
+    """Return the seconds in which devices that share experts gather tokens, and add up what their own make of them."""
+    if layout.expert == 1 or not model.num_experts:
+        return 0.0
+    group, whole = make_group(topology, size=layout.expert, stride=layout.tensor), message * layout.expert
+    kinds: tuple[Any, Any] = "all_gather", "reduce_scatter"
+    return sum(collective_time_s(kind, num_bytes=whole, group=group, topology=topology) for kind in kinds)
 
 
 def _hops_s(message: float, *, layout: Layout, topology: Topology) -> float:
@@ -236,7 +257,7 @@ def _prefill_layer_s(
 ) -> float:
     """Return the seconds of one layer of a kind for all prompts."""
     device, t = topology.accelerator.in_bursts, layout.tensor
-    size = LayerSize(sequences=batch, queries=num_tokens, keys=num_tokens, tensor=t)
+    size = LayerSize(sequences=batch, queries=num_tokens, keys=num_tokens, tensor=t, expert=layout.expert)
     busy = server.kernels * server.gap_s
     for operation in layer_operations(model, size=size, runtime=_RUNTIME):
         if isinstance(operation, Product):
@@ -247,4 +268,5 @@ def _prefill_layer_s(
             busy += memory_time_s(device, num_bytes=operation.forward_bytes)
     group = make_group(topology, size=t, stride=1)
     message = batch * num_tokens * model.hidden_size * item_bytes(model)
-    return max(busy, server.host_layer_s) + 2 * _all_reduce_s(message, group, topology, server)
+    sent = 2 * _all_reduce_s(message, group, topology, server) + _share_tokens_s(model, message, layout, topology)
+    return max(busy, server.host_layer_s) + sent

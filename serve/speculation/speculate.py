@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from ...layers import ModelConfig
 from ...layers.quantized import Weights
-from ...meshes import MeshAxes, ServeError, ShardingRules
+from ...meshes import MeshAxes, ServeError, ShardingRules, mesh_sizes
 from ...meshes.arguments import check_count
 from ...pipeline.model.trees import on_mesh
 from ..compiled_programs import compile_program
@@ -192,7 +192,8 @@ def _compile(
     """Compile the program that checks guesses; it donates the state and returns it."""
     rules = ShardingRules.of(axes)
     own: dict[str, Any] = {"axes": axes, "layers": layers, "weights": weights}
-    stage = Stage(with_room(config, num_tokens=sizes.group_size * num_tokens), mesh, **own)
+    sharers = mesh_sizes(mesh, axes=own["axes"]).expert
+    stage = Stage(with_room(config, num_tokens=sharers * sizes.group_size * num_tokens), mesh, **own)
     shapes = (
         stage_shapes(config, mesh=mesh, **own),
         state,

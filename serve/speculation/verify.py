@@ -78,7 +78,7 @@ def verify(
         has_work = (rows_of(guesses.counts, row, sizes.group_size) > 0).any()
         is_here = (group >= 0) & (group < sizes.groups) & has_work
         state, x, chosen = jax.lax.cond(
-            stage.vary(is_here), lambda carry: work.run(carry, row), lambda carry: carry, carry
+            stage.any_together(stage.vary(is_here)), lambda carry: work.run(carry, row), lambda carry: carry, carry
         )
         return state, stage.pass_on(x, shape="line"), chosen
 
@@ -127,7 +127,7 @@ class _Work:
             is_counted_B=is_last & (given.counts > 0) & is_penalized(own.settings),
             axes=stage.vocab_axes,
         )
-        return replace(state, cache=cache, seen=seen, busy=state.busy + 1), x, chosen
+        return replace(state, cache=cache, seen=seen, busy=state.busy + (given.counts > 0).any()), x, chosen
 
     def _choose(self, x: jax.Array, own: SlotInputs, new: NewTokens, read_seen: Any) -> Choice:
         """Return the choice after each of [b, T] tokens, every place as a row of its own."""

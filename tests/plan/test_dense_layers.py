@@ -9,11 +9,11 @@ from trellax.meshes import MeshSpec, ShardingRules, build_mesh
 from trellax.pipeline import split_transformer, stage_costs
 from trellax.plan import TrainQuestion, search_train
 from trellax.plan.costs.device_params import block_params, expert_matrices
-from trellax.plan.costs.inference_time import weight_bytes
 from trellax.plan.costs.layout import Layout
 from trellax.plan.costs.memory_model import step_memory
 from trellax.plan.costs.minimum_traffic import StepSizes, minimum_bytes
 from trellax.plan.costs.runtime import TRELLAX, trellax_runtime
+from trellax.plan.costs.serving.held import weight_bytes
 from trellax.plan.costs.stage_time import stage_layers
 from trellax.plan.costs.step_time import layer_times, step_time
 from trellax.plan.machines.topology import read_topology

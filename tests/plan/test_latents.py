@@ -10,10 +10,10 @@ from trellax.layers import ModelConfig, Transformer, bytes_per_device
 from trellax.layers.attention.cache import cache_shapes
 from trellax.meshes import MeshSpec, build_mesh
 from trellax.plan.costs.device_params import block_params
-from trellax.plan.costs.inference_time import kv_bytes_per_token
 from trellax.plan.costs.layer_time import layer_time
 from trellax.plan.costs.layout import Layout
 from trellax.plan.costs.runtime import TRELLAX
+from trellax.plan.costs.serving.held import kv_bytes_per_token
 from trellax.plan.machines.topology import read_topology
 from trellax.programs.traffic import EVERY_KIND
 

@@ -3,16 +3,15 @@
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import pytest
-from trellax.meshes import MeshSpec, ServeError, TrellaxError, build_mesh
+from trellax.meshes import MeshSpec, TrellaxError
 from trellax.serve import Engine, Request, check_model, check_request, param_shapes
 from trellax.serve.state import Sizes
 
 from .models import mesh_of, model_of
 
 CONFIG = model_of("llama", max_tokens=64)
-EXPERTS, SPLIT = model_of("experts", num_heads=16, head_size=4, expert_size=24), MeshSpec.parse("tensor=2,expert=4")
+EXPERTS, SPLIT = model_of("experts", num_heads=16, head_size=4, expert_size=24), MeshSpec.parse("tensor=2,expert=3")
 SEQUENCES = MeshSpec.parse("context=2")
 SIZES: dict[str, Any] = {
     "slots": 8,
@@ -56,6 +55,7 @@ MISTAKES: dict[str, Callable[[], Any]] = {
     "heads_over_tensor": lambda: check_model(CONFIG, {"data": 1, "tensor": 3, "pipe": 1}, max_tokens=64),
     "layers_over_pipe": lambda: check_model(CONFIG, {"data": 1, "tensor": 1, "pipe": 5}, max_tokens=64),
     "split_sequences": lambda: check_model(CONFIG, SEQUENCES.sizes, max_tokens=8, axes=SEQUENCES.roles),
+    "experts_of_a_dense_model": lambda: check_model(CONFIG, SPLIT.sizes, max_tokens=8, axes=SPLIT.roles),
     "split_experts": lambda: check_model(EXPERTS, SPLIT.sizes, max_tokens=8, axes=SPLIT.roles),
     "experts_over_tensor": lambda: check_model(EXPERTS, {"data": 1, "tensor": 16, "pipe": 1}, max_tokens=8),
     "slots_over_groups": lambda: Sizes(**SIZES | {"slots": 6}),
@@ -90,9 +90,3 @@ def test_one_request_that_does_not_fit_stops_all_before_any_is_run() -> None:
 def test_shapes_are_asked_for_only_where_the_model_fits() -> None:
     with pytest.raises(TrellaxError, match="num_heads=8"):
         param_shapes(CONFIG, mesh=mesh_of("tensor=3"))
-
-
-def test_weights_of_experts_are_not_split_over_their_own_axis() -> None:
-    mesh = build_mesh(SPLIT, devices=jax.devices()[:8])
-    with pytest.raises(ServeError, match="mesh axis expert=4 splits experts"):
-        param_shapes(EXPERTS, mesh=mesh, axes=SPLIT.roles)

@@ -10,11 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from trellax.layers import ModelConfig
+from trellax.plan import Layout, ServeQuestion, read_topology
+from trellax.plan.costs.inference_time import trellax_server
+from trellax.plan.serving_search import serving_memory
 
 ROOT = Path(__file__).parents[2]
 
 
-pytestmark = pytest.mark.cuda
+# Two engines of three programs each take minutes where cores are shared.
+pytestmark = [pytest.mark.cuda, pytest.mark.timeout(1800)]
 
 # Some layers of Llama 3 8B, or with its feed-forward 8 times and 2 of them for a token (Mixtral).
 COMPILE = """
@@ -131,3 +136,19 @@ def test_stages_copy_no_rows_of_the_cache() -> None:
     found = report_of("pipe=8", num_layers=8, max_tokens=32768, slots=8)
     assert found["temporary"] < 0.05 * row
     assert found["decode"]["moved_bytes"]["between"] < 0.05 * row
+
+
+@pytest.mark.parametrize(("weights", "cache_dtype"), [("int8", "fp8"), ("fp8", "bfloat16")])
+def test_memory_is_what_the_planner_says(weights: str, cache_dtype: str) -> None:
+    sizes: dict[str, Any] = {"vocab_size": 128256, "num_layers": 2, "hidden_size": 4096, "num_heads": 32}
+    model = ModelConfig(**sizes, num_kv_heads=8, ffn_size=14336, mlp="swiglu", embeddings="untied", bias="off")
+    question = ServeQuestion(
+        model=model,
+        topology=read_topology("h200x1"),
+        requests=1,
+        prompt=32767,
+        generated=1,
+        server=trellax_server(weights=weights, cache_dtype=cache_dtype),
+    )
+    found = report_of("tensor=1", weights=weights, cache_dtype=cache_dtype, max_tokens=32768)
+    assert serving_memory(question, Layout()).total == pytest.approx(found["memory_bytes"]["total"], rel=0.03)

@@ -43,6 +43,7 @@ SAMPLE = [
     ("pipe=4", "gpt", {"slots": 1, "groups": 1}),
     ("pipe=2", "uneven", MANY_STOPS),
     ("data=2,tensor=2,pipe=2", "experts", {}),
+    ("expert=2,tensor=2,pipe=2", "experts", {}),
 ]
 MORE = [
     ("tensor=4", "llama", {}),
@@ -58,6 +59,12 @@ MORE = [
     ("tensor=4", "latents", {"slots": 3}),
     ("pipe=4", "experts", {}),
     ("tensor=4", "experts", {"chunk": 1}),
+    ("expert=2", "experts", {"slots": 2, "chunk": 1}),
+    ("expert=4", "deepseek", {"slots": 12, "groups": 3, "cache_tokens": 240}),
+    ("data=2,expert=2,pipe=2", "dense_and_experts", {"layers": "unrolled"}),
+    ("expert=4,tensor=2", "experts", {"slots": 4}),
+    ("expert=2,pipe=4", "experts", {"groups": 2, "slots": 8}),
+    ("dp=2:batch,ep=2:expert,tp=2:tensor", "experts", {}),
     ("outer=2:tensor,inner=4:tensor", "llama", {"layers": "unrolled"}),
     ("replica=2:batch,own=2:tensor,pp=2:pipe", "uneven", {}),
 ]

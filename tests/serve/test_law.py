@@ -16,6 +16,8 @@ from trellax.layers.attention import cache as cache_module
 from trellax.layers.attention.cache import CacheDtype, cache_shapes
 from trellax.layers.quantized import Weights
 from trellax.layers.vocabulary import LEAST_LOGIT
+from trellax.meshes import MeshAxes, ShardingRules, mesh_sizes
+from trellax.meshes.axes import KNOWN_ROLES
 from trellax.serve.experts import MOST_TOKENS, with_room
 from trellax.serve.load import quantize_params
 from trellax.serve.params import stage_params, stage_shapes
@@ -34,6 +36,8 @@ PAGES = 7
 """Pages of a sequence, of two tokens each."""
 
 MESHES = ["data=1", "tensor=2", "data=2", "pipe=2", "tensor=4", "pipe=4", "data=2,tensor=2", "tensor=2,pipe=2"]
+SPLIT = ["expert=2", "expert=2,tensor=2", "data=2,expert=2,pipe=2", "expert=4,tensor=2"]
+"""Meshes of models with experts; a row a device leaves all experts of a token to the sum."""
 LARGE = ["tensor=8", "data=2,tensor=2,pipe=2", "data=2,pipe=4", "tensor=4,pipe=2", "data=4,tensor=2"]
 YARN: dict[str, Any] = {"rope_scaling": "yarn", "rope_factor": 4.0, "rope_original_tokens": 8, "rope_mscale_all": 1.0}
 YARN |= {"rope_high_frequency_factor": 2.0}
@@ -67,16 +71,24 @@ SAMPLE = [
     ("data=2,tensor=2,pipe=2", "gpt"),
     ("tensor=2,pipe=2", "experts"),
     ("data=2,tensor=2", "experts_in_rounds"),
+    ("data=2,expert=2,pipe=2", "dense_and_experts"),
     ("tensor=2,pipe=2", "dense_and_experts"),
     ("tensor=2,pipe=2", "latents"),
     ("data=2,tensor=2", "latents_with_window"),
 ]
 
 
-def shapes_of(config: ModelConfig, mesh: Mesh, *, num_rows: int, dtype: CacheDtype, stacks: tuple[int, ...]) -> Any:
+def shapes_of(config: ModelConfig, mesh: Mesh, *, num_rows: int, dtype: CacheDtype, stage: Stage) -> Any:
     """A cache with room for all rows, in pages of two tokens."""
+    stacks = tuple(own.size for own in stage.stacks)
     sizes = {"num_rows": num_rows, "num_pages": PAGES * num_rows, "page": 2}
-    return cache_shapes(config, mesh=mesh, dtype=dtype, stacks=stacks, **sizes)
+    rules = ShardingRules.of(axes_of(mesh))
+    return cache_shapes(config, mesh=mesh, dtype=dtype, stacks=stacks, rules=rules, **sizes)
+
+
+def axes_of(mesh: Mesh) -> MeshAxes:
+    """The axes of a mesh with default names."""
+    return MeshAxes(roles=tuple((name, KNOWN_ROLES[name]) for name in mesh.axis_names))
 
 
 def cached_logits(
@@ -88,11 +100,12 @@ def cached_logits(
     weights: Weights = "plain",
 ) -> np.ndarray:
     """Logits [B, T, V] by the parts that the engine is made of, one piece of the sequences after another."""
-    stage, num_ranks = Stage(config, mesh, weights=weights), mesh.shape["pipe"]
-    stacks = tuple(own.size for own in stage.stacks)
-    shapes = shapes_of(config, mesh, num_rows=len(tokens_BT), dtype=dtype, stacks=stacks)
+    axes, num_ranks = axes_of(mesh), mesh.shape["pipe"]
+    own: dict[str, Any] = {"config": config, "mesh": mesh, "axes": axes, "weights": weights}
+    stage = Stage(**own)
+    shapes = shapes_of(config, mesh, num_rows=len(tokens_BT), dtype=dtype, stage=stage)
     # Each row has its pages all over those of its shard.
-    num_rows = len(tokens_BT) // mesh.shape["data"]
+    num_rows = len(tokens_BT) // mesh_sizes(mesh, axes=axes).data
     pages = np.random.default_rng(1).permutation(PAGES * num_rows).reshape(num_rows, PAGES)
 
     def run(params: Any, cache: Any, tokens_bT: jax.Array) -> jax.Array:
@@ -115,9 +128,8 @@ def cached_logits(
         whole = jnp.concatenate(found, axis=1)
         return jax.lax.psum(whole, "pipe") if num_ranks > 1 else whole
 
-    params, _ = quantize_params(params_on(config, mesh), config=config, mesh=mesh, weights=weights)
-    params = stage_params(params, config=config, mesh=mesh, weights=weights)
-    specs = block_specs((stage_shapes(config, mesh=mesh, weights=weights), shapes), mesh)
+    params = stage_params(quantize_params(params_on(config, mesh, axes), **own)[0], **own)
+    specs = block_specs((stage_shapes(**own), shapes), mesh)
     return run_on_shards(run, mesh, specs, (params, empty_state(shapes)), tokens_BT)
 
 
@@ -128,7 +140,7 @@ def logits_by(stage: Stage, params: Any, x: jax.Array) -> jax.Array:
 
 def run_on_shards(run: Any, mesh: Mesh, specs: Any, args: tuple[Any, Any], tokens_BT: np.ndarray) -> np.ndarray:
     """Run a function on every device's part of its arguments and of the sequences, and return all logits."""
-    data = "data" if mesh.shape["data"] > 1 else None
+    data = tuple(axis for axis in axes_of(mesh).batch if mesh.shape[axis] > 1) or None
     tensor = "tensor" if mesh.shape["tensor"] > 1 else None
     mapped = jax.shard_map(
         run, mesh=mesh, in_specs=(*specs, P(data)), out_specs=P(data, None, tensor), axis_names=set(mesh.axis_names)
@@ -157,6 +169,13 @@ def test_decoding_equals_full_recomputation_at_every_position(mesh: str, kind: s
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mesh", MESHES + LARGE)
 def test_decoding_equals_full_recomputation_on_all_meshes(mesh: str, kind: str) -> None:
+    check(mesh, kind)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["experts", "experts_in_rounds", "dense_and_experts"])
+@pytest.mark.parametrize("mesh", SPLIT)
+def test_split_experts_equal_full_recomputation(mesh: str, kind: str) -> None:
     check(mesh, kind)
 
 
