@@ -23,11 +23,12 @@ from ..meshes import CheckpointError
 from ..meshes.arguments import check_choice
 from ..meshes.processes.messages import is_first
 from .adapters import adapter_shapes, adapters_of, join_adapters, merge_adapters, without_adapters
+from .frozen_kernels import FrozenKernels, round_kernels
 from .peft.read import base_of
 from .read import read_weights
 from .saved_model import read_saved_model
 from .saves.names import FOLDER, SaveFolder
-from .saves.paths import leaves_by_path
+from .saves.paths import leaves_by_path, path_text
 from .saves.reader import Arrays, SaveReader, Shapes
 from .saves.seal import AVERAGE, PARAMS, Seal
 
@@ -162,9 +163,15 @@ def _with_base(
             f"{folder} holds adapters of the weights in train.init_from={source!r}, and there is no such folder here.",
             fix="run the command where the run was started, or bring the folder back.",
         )
-    source, shapes = base_of(source), without_adapters(asked)
-    base = read_run_params(source, shapes) if is_run_folder(source) else read_weights(source, shapes, say=say_on_stderr)
-    return join_adapters(base, adapters) if adapters_of(asked) else merge_adapters(base, adapters, config=model)
+    source, frozen = base_of(source), FrozenKernels(without_adapters(asked))
+    if is_run_folder(source):
+        plain = read_run_params(source, frozen.plain)
+        base = jax.tree_util.tree_map_with_path(lambda path, leaf: frozen.hold(path_text(path), leaf), plain)
+    else:
+        base = read_weights(source, frozen.plain, say=say_on_stderr, each=frozen.hold)
+    if adapters_of(asked):
+        return join_adapters(frozen.unpack(base), adapters)
+    return merge_adapters(round_kernels(base, model), adapters, config=model)
 
 
 def arrays_from_params(params: dict[str, Any], *, weights: Weights = "last") -> dict[str, Any]:

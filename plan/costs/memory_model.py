@@ -22,6 +22,7 @@ from .device_params import (
     device_params,
     ends_of,
     expert_matrices,
+    frozen_change,
     trained_params,
 )
 from .held_layers import HeldLayers, KindCounts, held_layers
@@ -215,8 +216,11 @@ def _rank_state(
     # Frozen weights have neither gradients nor moments.
     trained = trained_params(model, params=params, layout=layout, runtime=runtime, layers=layers) / params
     state |= {name: trained * state[name] for name in ("gradients", "optimizer")}
-    state["weights"] *= 1 + trained if runtime.adapter_rank else 1
     kernels = sum(count * block_matrices(kind, **split) for kind, count in layers)
+    if runtime.adapter_rank:
+        own = frozen_change(model, kernels=kernels, plain=runtime.weight_bytes, split=state["weights"] / params)
+        # Adapters are float32.
+        state["weights"] = state["weights"] * (1 + trained * 4 / runtime.weight_bytes) + own
     state["optimizer"] *= 1 - runtime.kernel_saving_bytes / runtime.optimizer_state_bytes * kernels / params
     return state | {"layers": state["gradients"] * kernels / params}
 
