@@ -15,7 +15,7 @@ from ..layers import ModelConfig
 from ..layers.lora.check_config import ATTENTION_TARGETS, TARGETS
 from ..layers.lora.nf4 import block_dim, is_nf4, quantize_nf4, round_nf4, whole_shape
 from ..layers.quantized import SCALE
-from .saves.paths import leaves_by_path
+from .saves.paths import leaves_by_path, path_text
 
 _ROWS = ("out", "down")
 """Layers that are split by rows: their blocks lie along the last dimension."""
@@ -65,22 +65,41 @@ class FrozenKernels:
         return found
 
 
-def round_kernels(params: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
-    """Return parameters whose kernels have the numbers that four bits leave of them; plain kernels are donated.
+class RoundedKernels:
+    """The kernels that adapters are merged into: those of a base in four bits have the numbers that are left of them.
 
-    Parameters are as they are unless the model has `lora_base = "nf4"`: its adapters were trained on such kernels.
+    Args:
+        shapes: as of `FrozenKernels`, those of the merged model.
+        config: the model with adapters, whose `lora_base` says how its kernels were held.
     """
-    if config.lora_base == "plain":
-        return params
-    blocks = dict(params["blocks"])
+
+    def __init__(self, shapes: dict[str, Any], config: ModelConfig) -> None:
+        self._wanted = {} if config.lora_base == "plain" else _kernels_of(leaves_by_path(shapes))
+        self.plain = jax.tree_util.tree_map_with_path(self._as_read, shapes)
+        """Shapes to read: kernels in float32, from which they were quantized for training."""
+
+    def hold(self, path: str, leaf: jax.Array) -> jax.Array:
+        """Return a rounded kernel in the dtype that is wanted, or another parameter as it is."""
+        if path not in self._wanted:
+            return leaf
+        dim, shape = self._wanted[path]
+        rounded = _round_on(shape.sharding)(leaf, dim=dim, dtype=str(shape.dtype))
+        jax.block_until_ready(rounded)
+        leaf.delete()
+        return rounded
+
+    def _as_read(self, path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return leaf.update(dtype=jnp.float32) if path_text(path) in self._wanted else leaf
+
+
+def _kernels_of(shapes: dict[str, Any]) -> dict[str, tuple[int, Any]]:
+    """Return the dimension of blocks, and the shape, of each kernel that is frozen under adapters, by path."""
+    found = {}
     for name in TARGETS:
         part = "attention" if name in ATTENTION_TARGETS else "mlp"
-        layer = blocks.get(part, {}).get(name)
-        if layer is not None:
-            run = _round_on(layer["kernel"].sharding)
-            kernel = run(layer["kernel"], dim=-1 if name in _ROWS else -2)
-            blocks[part] = blocks[part] | {name: layer | {"kernel": kernel}}
-    return params | {"blocks": blocks}
+        if (path := f"blocks.{part}.{name}.kernel") in shapes:
+            found[path] = (-1 if name in _ROWS else -2, shapes[path])
+    return found
 
 
 def _plain_shapes(shapes: Any) -> Any:
@@ -101,4 +120,4 @@ def _quantize_on(values: Any, scale: Any) -> Any:
 
 @lru_cache(maxsize=16)
 def _round_on(sharding: Any) -> Any:
-    return jax.jit(round_nf4, static_argnames="dim", out_shardings=sharding, donate_argnums=0)
+    return jax.jit(round_nf4, static_argnames=("dim", "dtype"), out_shardings=sharding)

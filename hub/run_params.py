@@ -23,7 +23,7 @@ from ..meshes import CheckpointError
 from ..meshes.arguments import check_choice
 from ..meshes.processes.messages import is_first
 from .adapters import adapter_shapes, adapters_of, join_adapters, merge_adapters, without_adapters
-from .frozen_kernels import FrozenKernels, round_kernels
+from .frozen_kernels import FrozenKernels, RoundedKernels
 from .peft.read import base_of
 from .read import read_weights
 from .saved_model import read_saved_model
@@ -163,15 +163,19 @@ def _with_base(
             f"{folder} holds adapters of the weights in train.init_from={source!r}, and there is no such folder here.",
             fix="run the command where the run was started, or bring the folder back.",
         )
-    source, frozen = base_of(source), FrozenKernels(without_adapters(asked))
-    if is_run_folder(source):
-        plain = read_run_params(source, frozen.plain)
-        base = jax.tree_util.tree_map_with_path(lambda path, leaf: frozen.hold(path_text(path), leaf), plain)
-    else:
-        base = read_weights(source, frozen.plain, say=say_on_stderr, each=frozen.hold)
+    source, shapes = base_of(source), without_adapters(asked)
     if adapters_of(asked):
-        return join_adapters(frozen.unpack(base), adapters)
-    return merge_adapters(round_kernels(base, model), adapters, config=model)
+        frozen = FrozenKernels(shapes)
+        return join_adapters(frozen.unpack(_read_kernels(source, frozen)), adapters)
+    return merge_adapters(_read_kernels(source, RoundedKernels(shapes, model)), adapters, config=model)
+
+
+def _read_kernels(source: Path, kernels: FrozenKernels | RoundedKernels) -> dict[str, Any]:
+    """Return the weights of a folder of either kind, with kernels held as they are to be."""
+    if not is_run_folder(source):
+        return read_weights(source, kernels.plain, say=say_on_stderr, each=kernels.hold)
+    plain = read_run_params(source, kernels.plain)
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: kernels.hold(path_text(path), leaf), plain)
 
 
 def arrays_from_params(params: dict[str, Any], *, weights: Weights = "last") -> dict[str, Any]:

@@ -82,9 +82,9 @@ def dequantize_nf4(values: jax.Array, scale: jax.Array, dtype: DTypeLike = jnp.f
     return whole.reshape(code.shape).astype(dtype)
 
 
-def round_nf4(kernel: jax.Array, *, dim: int) -> jax.Array:
-    """Return a kernel with the numbers that four bits leave of it, in its own dtype."""
-    return dequantize_nf4(*quantize_nf4(kernel, dim=dim), kernel.dtype)
+def round_nf4(kernel: jax.Array, *, dim: int, dtype: DTypeLike = jnp.float32) -> jax.Array:
+    """Return a kernel with the numbers that four bits leave of it, in `dtype`."""
+    return dequantize_nf4(*quantize_nf4(kernel, dim=dim), dtype)
 
 
 def whole_shape(values: Any, scale: Any) -> tuple[int, ...]:

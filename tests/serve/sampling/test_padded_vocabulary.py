@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from trellax.serve import Engine, Request
@@ -39,6 +40,6 @@ def test_no_constraint_allows_padding() -> None:
     """40 words padded to 96: the bits that are given end at 64."""
     settings = settings_of(1, is_constrained=True)
     allowed = np.full((1, 2), 0xFFFFFFFF, np.uint32) >> np.array([[0, 24]], np.uint32)
-    found = np.asarray(drop_forbidden(np.zeros((1, 96), np.float32), settings, allowed, axes=()))
+    found = np.asarray(drop_forbidden(jnp.zeros((1, 96)), settings, jnp.asarray(allowed), axes=()))
     assert (found[0, :40] == 0).all()
     assert np.isneginf(found[0, 40:]).all()
