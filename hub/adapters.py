@@ -26,7 +26,7 @@ _A, _B = ADAPTERS
 
 def without_lora(config: ModelConfig) -> ModelConfig:
     """Return the config of the model once its adapters are merged."""
-    return replace(config, lora_rank=0, lora_alpha=0.0, lora_targets=(), lora_magnitude="off")
+    return replace(config, lora_rank=0, lora_alpha=0.0, lora_targets=(), lora_magnitude="off", lora_base="plain")
 
 
 def adapters_of(params: Any) -> Any:

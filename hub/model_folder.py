@@ -13,10 +13,11 @@ import jax
 
 from ..layers import ModelConfig
 from ..meshes import CheckpointError
-from .adapters import merge_adapters, without_lora
+from .adapters import merge_adapters, without_adapters, without_lora
 from .config import read_hub_model
 from .folder import check_model_folder, find_file
-from .peft.read import is_peft_folder, open_adapters, read_adapters
+from .frozen_kernels import FrozenKernels
+from .peft.read import base_of, is_peft_folder, open_adapters, read_adapters
 from .read import read_weights
 from .run_params import Weights, check_weights, is_run_folder, read_run_params, run_saves, say_on_stderr
 from .saved_model import read_saved_model
@@ -128,6 +129,20 @@ def load_params(
         config, adapters = read_adapters(opened, read_model_config(opened.base), shapes)
         return merge_adapters(load_params(opened.base, shapes), adapters, config=config)
     return read_weights(folder, shapes, say=say_on_stderr, **({} if each is None else {"each": each}))
+
+
+def read_base(folder: str | Path, shapes: dict[str, Any]) -> dict[str, Any]:
+    """Return the frozen weights under the adapters of a model, each kernel held as the shapes say once it is read.
+
+    Args:
+        folder: a folder of weights, or of PEFT, whose base is read.
+        shapes: shapes of the whole model; adapters among them are left out.
+
+    Raises:
+        TrellaxError: as `load_params` does.
+    """
+    frozen = FrozenKernels(without_adapters(shapes))
+    return frozen.unpack(load_params(base_of(folder), frozen.plain, each=frozen.hold))
 
 
 def read_model_config(folder: str | Path) -> ModelConfig:

@@ -23,11 +23,12 @@ from ..meshes import CheckpointError
 from ..meshes.arguments import check_choice
 from ..meshes.processes.messages import is_first
 from .adapters import adapter_shapes, adapters_of, join_adapters, merge_adapters, without_adapters
+from .frozen_kernels import FrozenKernels, RoundedKernels
 from .peft.read import base_of
 from .read import read_weights
 from .saved_model import read_saved_model
 from .saves.names import FOLDER, SaveFolder
-from .saves.paths import leaves_by_path
+from .saves.paths import leaves_by_path, path_text
 from .saves.reader import Arrays, SaveReader, Shapes
 from .saves.seal import AVERAGE, PARAMS, Seal
 
@@ -163,8 +164,18 @@ def _with_base(
             fix="run the command where the run was started, or bring the folder back.",
         )
     source, shapes = base_of(source), without_adapters(asked)
-    base = read_run_params(source, shapes) if is_run_folder(source) else read_weights(source, shapes, say=say_on_stderr)
-    return join_adapters(base, adapters) if adapters_of(asked) else merge_adapters(base, adapters, config=model)
+    if adapters_of(asked):
+        frozen = FrozenKernels(shapes)
+        return join_adapters(frozen.unpack(_read_kernels(source, frozen)), adapters)
+    return merge_adapters(_read_kernels(source, RoundedKernels(shapes, model)), adapters, config=model)
+
+
+def _read_kernels(source: Path, kernels: FrozenKernels | RoundedKernels) -> dict[str, Any]:
+    """Return the weights of a folder of either kind, with kernels held as they are to be."""
+    if not is_run_folder(source):
+        return read_weights(source, kernels.plain, say=say_on_stderr, each=kernels.hold)
+    plain = read_run_params(source, kernels.plain)
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: kernels.hold(path_text(path), leaf), plain)
 
 
 def arrays_from_params(params: dict[str, Any], *, weights: Weights = "last") -> dict[str, Any]:

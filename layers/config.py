@@ -145,6 +145,7 @@ class ModelConfig:
     lora_alpha: float = 0.0
     lora_targets: tuple[str, ...] = ()
     lora_magnitude: Literal["off", "on"] = "off"
+    lora_base: Literal["plain", "nf4"] = "plain"
     dtype: Literal["float32", "bfloat16"] = "float32"
     matmuls: Literal["plain", "fp8"] = "plain"
 

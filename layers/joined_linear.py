@@ -20,6 +20,7 @@ from ..meshes.device_axes import mark_varying, num_blocks, varying_axes
 from .check_inputs import check_features
 from .collectives import own_columns, run_in_blocks
 from .linear import ColumnLinear, add_bias, multiply_columns, name_dims
+from .lora.nf4 import is_nf4, num_inputs
 from .partitioning import param_metadata
 
 
@@ -40,14 +41,16 @@ class JoinedLinear(nnx.Module):
         self.dim, self.dtype, self.matmuls, self.rules = first.dim, first.dtype, first.matmuls, first.rules
         self.kernel, self.widths = self._join([(one.dim, one.kernel[...]) for one in linears], unit, "embed")
         scales = [(one.dim, one.kernel_scale[...]) for one in linears if one.kernel_scale is not None]
-        self.kernel_scale = self._join(scales, unit)[0] if scales else nnx.data(None)
+        # One scale a column, or one for every block of a column of four bits.
+        lead = ("embed",) if is_nf4(first.kernel) else ()
+        self.kernel_scale = self._join(scales, unit, *lead)[0] if scales else nnx.data(None)
         biases = [(one.dim, one.bias[...]) for one in linears if one.bias is not None]
         self.bias = self._join(biases, unit)[0] if biases else nnx.data(None)
         self._join_adapters(linears, unit)
 
     def __call__(self, x_BTD: jax.Array) -> list[jax.Array]:
         """x[B@data, T, D] -> y[B@data, T, F@tensor] of every layer."""
-        check_features(x_BTD, self.kernel.shape[0], layer="JoinedLinear")
+        check_features(x_BTD, num_inputs(self), layer="JoinedLinear")
         y_BTF = multiply_columns(self, x_BTD)
         if self.bias is not None:
             y_BTF = add_bias(y_BTF, self.bias[...])

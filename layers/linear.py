@@ -33,6 +33,7 @@ from .check_inputs import check_features
 from .collectives import enter_gathered, enter_split, gather_tokens, leave_split
 from .lora.adapter import add_adapter, enter_frozen, make_adapter, scale_columns
 from .lora.check_config import Lora
+from .lora.nf4 import dequantize_nf4, hold_nf4, is_nf4, num_inputs
 from .partitioning import INIT_STD, make_param
 from .product import Matmuls, multiply
 from .quantized import scale_of
@@ -80,6 +81,8 @@ class ColumnLinear(nnx.Module):
         self.kernel_scale = nnx.data(None)
         adapter = make_adapter(rngs, lora, self.kernel[...], ("embed", dim), rules)
         self.lora, (self.lora_a, self.lora_b, self.lora_m) = lora, adapter
+        if lora is not None and lora.base == "nf4":
+            hold_nf4(self)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """x[B@data, T, D] -> y[B@data, T, F@tensor].
@@ -88,7 +91,7 @@ class ColumnLinear(nnx.Module):
             ModelError: x has another number of features.
             ShardingError: F does not split over the axis of `dim`, or B over `data`.
         """
-        check_features(x_BTD, self.kernel.shape[0], layer="ColumnLinear")
+        check_features(x_BTD, num_inputs(self), layer="ColumnLinear")
         y_BTF = multiply_columns(self, x_BTD)
         if self.bias is not None:
             y_BTF = add_bias(y_BTF, self.bias[...])
@@ -137,6 +140,8 @@ class RowLinear(nnx.Module):
         self.kernel_scale = nnx.data(None)
         adapter = make_adapter(rngs, lora, self.kernel[...], (dim, "embed"), rules)
         self.lora, (self.lora_a, self.lora_b, self.lora_m) = lora, adapter
+        if lora is not None and lora.base == "nf4":
+            hold_nf4(self)
 
     def __call__(self, x_BTF: jax.Array) -> jax.Array:
         """x[B@data, T, F@tensor] -> y[B@data, T, D].
@@ -147,8 +152,9 @@ class RowLinear(nnx.Module):
         """
         check_features(x_BTF, self.kernel.shape[0], layer="RowLinear")
         self.rules.check_in_context((self.dim, "embed"), shape=self.kernel.shape, name="the kernel of RowLinear")
-        kernel = self.kernel[...] if self.lora is None else jax.lax.stop_gradient(self.kernel[...])
-        y_BTD = multiply(x_BTF, kernel, dtype=self.dtype, matmuls=self.matmuls, scale=scale_of(self))
+        kernel, scale = read_kernel(self)
+        kernel = kernel if self.lora is None else jax.lax.stop_gradient(kernel)
+        y_BTD = multiply(x_BTF, kernel, dtype=self.dtype, matmuls=self.matmuls, scale=scale)
         y_BTD = add_adapter(self, x_BTF, y_BTD, self.rules.axes(self.dim))
         # Inside `shard_map` this is the sum; under `jax.jit` the constraint makes the compiler add it.
         y_BTD = leave_split(y_BTD, self.rules.axes(self.dim), tokens=self.rules.token_axes)
@@ -179,11 +185,11 @@ def multiply_columns(layer: _Columns, x_BTD: jax.Array) -> jax.Array:
     Where tokens are split between layers x is [B, T@tokens, D], and is gathered here. The backward gathers it again:
     what is kept of it is this device's tokens (Korthikanti et al. 2022, section 4.2.2).
     """
-    rules, kernel, is_frozen = layer.rules, layer.kernel[...].astype(layer.dtype), layer.lora is not None
+    (kernel, scale), is_frozen, rules = read_kernel(layer), layer.lora is not None, layer.rules
     tokens, axes = rules.token_axes, rules.axes(layer.dim)
 
     def run(x_BTD: jax.Array, kernel: jax.Array) -> jax.Array:
-        y_BTF = multiply(x_BTD, kernel, dtype=layer.dtype, matmuls=layer.matmuls, scale=scale_of(layer))
+        y_BTF = multiply(x_BTD, kernel, dtype=layer.dtype, matmuls=layer.matmuls, scale=scale)
         return scale_columns(layer, add_adapter(layer, x_BTD, y_BTF, axes))
 
     if num_blocks(tokens) == 1:
@@ -197,6 +203,17 @@ def multiply_columns(layer: _Columns, x_BTD: jax.Array) -> jax.Array:
         return run(rules.constrain(x_BTD, name_dims(x_BTD, "embed")), kernel)
 
     return jax.checkpoint(gather_and_multiply, prevent_cse=False)(x_BTD, kernel)
+
+
+def read_kernel(layer: Any) -> tuple[jax.Array, jax.Array | None]:
+    """Return a layer's kernel in the compute dtype, and the scale [F] by which its product is multiplied, if any.
+
+    Numbers of four bits are made here, again in each pass: none of them waits for the backward.
+    """
+    kernel, scale = layer.kernel[...], scale_of(layer)
+    if scale is not None and is_nf4(kernel):
+        return dequantize_nf4(kernel, jax.lax.stop_gradient(scale), layer.dtype), None
+    return kernel.astype(layer.dtype), scale
 
 
 def add_bias(y: jax.Array, bias_F: jax.Array) -> jax.Array:

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from ...meshes import ModelError
 from ...meshes.errors import suggest
+from .nf4 import check_base
 
 ATTENTION_TARGETS = ("query", "key", "value", "out")
 TARGETS = (*ATTENTION_TARGETS, "gate", "up", "down")
@@ -19,7 +20,7 @@ MAGNITUDE = "lora_m"
 TRAINED = (*ADAPTERS, MAGNITUDE)
 """Names of all parameters of an adapter."""
 
-LORA_FIELDS = ("lora_rank", "lora_alpha", "lora_targets", "lora_magnitude")
+LORA_FIELDS = ("lora_rank", "lora_alpha", "lora_targets", "lora_magnitude", "lora_base")
 """Fields of a `ModelConfig` that are about adapters."""
 
 
@@ -30,11 +31,13 @@ class Lora:
     rank: features between A and B; 0 for a frozen layer without an adapter.
     scale: alpha / rank.
     magnitude: whether the length of each column is trained apart from its direction, as DoRA does.
+    base: whether the kernel is held in the compute dtype ("plain") or in four bits, see `nf4.py`.
     """
 
     rank: int
     scale: float
     magnitude: Literal["off", "on"] = "off"
+    base: Literal["plain", "nf4"] = "plain"
 
 
 def lora_of(config: Any, target: str) -> Lora | None:
@@ -42,7 +45,7 @@ def lora_of(config: Any, target: str) -> Lora | None:
     if not config.lora_rank:
         return None
     rank = config.lora_rank if target in lora_targets(config) else 0
-    return Lora(rank=rank, scale=lora_scale(config), magnitude=config.lora_magnitude)
+    return Lora(rank=rank, scale=lora_scale(config), magnitude=config.lora_magnitude, base=config.lora_base)
 
 
 def lora_scale(config: Any) -> float:
@@ -64,6 +67,7 @@ def check_lora(config: Any) -> None:
             model has layers that adapters do not support.
     """
     _check_given(config)
+    check_base(config)
     if not config.lora_rank:
         return
     for name in config.lora_targets:

@@ -32,22 +32,29 @@ def prepare_layers(functions: Functions, stages: dict[str, Any]) -> dict[str, An
     }
 
 
-def check_prepare(functions: Functions, stages: dict[str, Any]) -> None:
+def check_prepare(functions: Functions, stages: dict[str, Any], trained: dict[str, Any]) -> None:
     """Raise unless `StageFns.prepare` is linear in floating-point parameters; for use inside `shard_map`.
 
     Leaves of stages are [C, k, ...]; nothing is computed. An error of `prepare` itself is passed on.
 
+    Args:
+        trained: a tree of bools like stages: frozen parameters may be integers.
+
     Raises:
-        ScheduleError: it is not linear, or a parameter is an integer array.
+        ScheduleError: it is not linear, or a trained parameter is an integer array.
     """
     for kind, prepare in functions.prepares.items():
         if prepare is not None:
-            _check_linear(prepare, stages[kind], (*functions.axes, *functions.token_axes))
+            _check_linear(prepare, stages[kind], trained[kind], (*functions.axes, *functions.token_axes))
 
 
-def _check_linear(prepare: Callable[[Any], Any], stages: Any, axes: tuple[str, ...]) -> None:
-    for path, leaf in jax.tree_util.tree_leaves_with_path(stages):
-        if not jax.dtypes.issubdtype(leaf.dtype, jax.numpy.floating):
+def _check_linear(prepare: Callable[[Any], Any], stages: Any, trained: Any, axes: tuple[str, ...]) -> None:
+    has_integers = False
+    pairs = zip(jax.tree_util.tree_leaves_with_path(stages), jax.tree.leaves(trained), strict=True)
+    for (path, leaf), is_trained in pairs:
+        is_integer = not jax.dtypes.issubdtype(leaf.dtype, jax.numpy.floating)
+        has_integers |= is_integer
+        if is_integer and is_trained:
             raise ScheduleError(
                 f"prepare is given params.stages{jax.tree_util.keystr(path)}, which is {leaf.dtype}: gradients come "
                 "back through its transpose, and integers have none.",
@@ -57,6 +64,10 @@ def _check_linear(prepare: Callable[[Any], Any], stages: Any, axes: tuple[str, .
     made = jax.eval_shape(prepare, one_layer)
 
     def back() -> Any:
+        if has_integers:
+            after = trained_after(prepare, one_layer, trained)
+            grads = [empty_buffer(like) for like, own in zip(*map(jax.tree.leaves, (made, after)), strict=True) if own]
+            return transpose_trained(prepare, one_layer, trained)(grads)
         return transpose(prepare, one_layer)(jax.tree.map(empty_buffer, made))
 
     try:

@@ -97,7 +97,8 @@ class Region:
         functions = bind_functions(self.fns, pipe=pipe, summed=summed, tokens=tokens)
         params, inputs = replace(params, stages=_drop(params.stages)), replace(inputs, state=_drop(inputs.state))
         params = gather_once(self.fns, params, summed=summed)
-        check_prepare(functions, self.fns.by_kind(params.stages))
+        trained = self._trained(params)
+        check_prepare(functions, self.fns.by_kind(params.stages), self.fns.by_kind(trained.stages))
         model = rank_model(functions, params, inputs, wants_batch=self.wants_batch)
         # With one pipeline rank there is no turn to wait for: microbatches run one after another.
         if pipe:

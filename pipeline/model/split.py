@@ -23,6 +23,7 @@ from ...layers.block import rematerialize
 from ...layers.dropout import BranchNoise
 from ...layers.experts.kinds import LayerKind, layer_kinds, layer_pattern
 from ...layers.lora.check_config import ADAPTERS, TRAINED
+from ...layers.lora.nf4 import is_nf4
 from ...layers.vocabulary import resize_tables, stored_words
 from ...meshes import DEFAULT_RULES, ScheduleError, ShardingError, ShardingRules
 from ...meshes.arguments import check_choice
@@ -142,10 +143,13 @@ def _make_params(
 
 
 def _cast_frozen(dtype: str, params: PipelineParams) -> PipelineParams:
-    """Return parameters with frozen kernels and tables in the compute dtype: no update needs more digits."""
+    """Return parameters with frozen kernels and tables in the compute dtype: no update needs more digits.
+
+    Kernels of four bits stay as they are.
+    """
 
     def cast(path: Any, leaf: jax.Array) -> jax.Array:
-        return leaf.astype(dtype) if getattr(path[-1], "key", None) in _SHARDED else leaf
+        return leaf.astype(dtype) if getattr(path[-1], "key", None) in _SHARDED and not is_nf4(leaf) else leaf
 
     return jax.tree_util.tree_map_with_path(cast, params)
 
@@ -274,7 +278,8 @@ def _cast_kernels(dtype: str, params: Any) -> Any:
     """Return parameters with kernels in the compute dtype. Norms compute in float32, and all else is small."""
 
     def cast(path: Any, leaf: jax.Array) -> jax.Array:
-        return leaf.astype(dtype) if getattr(path[-1], "key", None) in ("kernel", *ADAPTERS) else leaf
+        is_used = getattr(path[-1], "key", None) in ("kernel", *ADAPTERS) and not is_nf4(leaf)
+        return leaf.astype(dtype) if is_used else leaf
 
     return jax.tree_util.tree_map_with_path(cast, params)
 

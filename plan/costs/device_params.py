@@ -4,6 +4,7 @@ from typing import Literal
 
 from ...layers import ModelConfig, param_counts
 from ...layers.attention.counts import attention_vectors, attention_weights
+from ...layers.lora.nf4 import block_size
 from ...layers.own.check_config import has_own_classes
 from ...layers.own.counts import device_sizes
 from ...layers.vocabulary import stored_words
@@ -79,6 +80,23 @@ def _columns(model: ModelConfig, tensor: int) -> tuple[int, int]:
     split_kv = tensor if model.num_kv_heads % tensor == 0 else 1
     heads = model.query_size // tensor + 2 * model.kv_size // split_kv
     return heads, heads + num_up * (model.shared_size if model.num_experts else model.ffn_size) // tensor
+
+
+def frozen_item_bytes(model: ModelConfig) -> tuple[float, float]:
+    """Return the bytes of a number of a frozen kernel, and of its share of a scale, where it is held in four bits."""
+    return 0.5, 4 / block_size(model.hidden_size)
+
+
+def frozen_change(model: ModelConfig, *, kernels: float, plain: float, split: float) -> float:
+    """Return by how many bytes so many numbers of frozen kernels take more in four bits, if they are held so.
+
+    Args:
+        plain, split: bytes of a plain number, whole and split over data as values are. Scales are not split so.
+    """
+    if model.lora_base == "plain":
+        return 0.0
+    values, scale = frozen_item_bytes(model)
+    return kernels * (split * (values / plain - 1) + scale)
 
 
 def device_words(model: ModelConfig, *, layout: Layout, runtime: Runtime) -> int:

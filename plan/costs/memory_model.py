@@ -22,6 +22,7 @@ from .device_params import (
     device_params,
     ends_of,
     expert_matrices,
+    frozen_change,
     trained_params,
 )
 from .held_layers import HeldLayers, KindCounts, held_layers
@@ -218,10 +219,12 @@ def _rank_state(
     # Frozen weights have neither gradients nor moments.
     trained = trained_params(model, params=params, layout=layout, runtime=runtime, layers=layers) / params
     state |= {name: trained * state[name] for name in ("gradients", "optimizer")}
-    if runtime.adapter_rank:
-        # Beside frozen weights, adapters are float32 in trellax.
-        state["weights"] *= 1 + trained * (_FLOAT32 / runtime.weight_bytes if runtime.residuals == "trellax" else 1)
     kernels = sum(count * block_matrices(kind, **split) for kind, count in layers)
+    if runtime.adapter_rank:
+        own = frozen_change(model, kernels=kernels, plain=runtime.weight_bytes, split=state["weights"] / params)
+        # Adapters are float32 in trellax.
+        adapters = trained * (_FLOAT32 / runtime.weight_bytes if runtime.residuals == "trellax" else 1)
+        state["weights"] = state["weights"] * (1 + adapters) + own
     state["optimizer"] *= 1 - runtime.kernel_saving_bytes / runtime.optimizer_state_bytes * kernels / params
     # An update is float32 and split as the moments are.
     updates = _FLOAT32 * params / (layout.replicas * layout.context if layout.zero or layout.fsdp > 1 else 1)

@@ -13,7 +13,7 @@ from ...layers.attention.blockwise import row_blocks
 from ...layers.attention.counts import attention_widths
 from ...layers.projected_loss import chunk_tokens
 from .activations import boundary_bytes, layer_activation_bytes
-from .device_params import End, block_matrices, block_params, device_words, expert_matrices
+from .device_params import End, block_matrices, block_params, device_words, expert_matrices, frozen_item_bytes
 from .held_layers import KindCounts
 from .layout import Layout
 from .operations import item_bytes
@@ -201,6 +201,7 @@ def _layer_copies(model: ModelConfig, *, layout: Layout) -> float:
     split = {"tensor": layout.tensor, "expert": layout.expert}
     experts = expert_matrices(model, **split)
     rest, item = block_params(model, **split) - experts, item_bytes(model)
+    item = sum(frozen_item_bytes(model)) if model.lora_base == "nf4" else item
     # Where every layer gathers its own a device has the copies of its part; other experts along expert split no more.
     parts = layout.replicas * layout.context if layout.zero == 3 else 1
     # Frozen weights are kept in the compute dtype.

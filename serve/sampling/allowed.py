@@ -23,6 +23,7 @@ def drop_forbidden(
     """
     size = logits_BV.shape[1]
     token_V = block_index(axes) * size + jnp.arange(size)
-    word_BV = jnp.take(allowed_BW, token_V // _BITS, axis=1)
+    # Padding of the vocabulary behind the last word has no bits.
+    word_BV = jnp.take(allowed_BW, token_V // _BITS, axis=1, mode="fill", fill_value=0)
     bit_BV = (word_BV >> (token_V % _BITS).astype(jnp.uint32)[None]) & jnp.uint32(1)
     return jnp.where((bit_BV == 1) | ~settings.is_constrained[:, None], logits_BV, -jnp.inf)

@@ -15,6 +15,8 @@ from jax.sharding import PartitionSpec as P
 from trellax.layers import ModelConfig, Remat, Transformer, cross_entropy, model_rules
 from trellax.layers.context.choice import Way
 from trellax.layers.context.places import order_chunks
+from trellax.layers.lora.nf4 import is_nf4
+from trellax.layers.quantized import SCALE
 from trellax.layers.vocabulary import resize_tables
 from trellax.meshes import MeshSpec, ShardingRules, build_mesh
 from trellax.pipeline import (
@@ -122,6 +124,10 @@ def natural_params(config: ModelConfig) -> dict[str, Any]:
     model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
 
     def draw(path: Any, leaf: Any) -> np.ndarray:
+        if is_nf4(leaf):
+            return rng.integers(0, 256, leaf.shape, np.uint8)
+        if path[-1].key == SCALE:
+            return rng.uniform(0.1, 0.3, leaf.shape).astype(np.float32)
         middle = 1.0 if "scale" in jax.tree_util.keystr(path) else 0.0
         return (middle + 0.1 * rng.standard_normal(leaf.shape)).astype(np.float32)
 
@@ -164,7 +170,9 @@ def one_device(
 
     @jax.jit
     def step(params: dict[str, Any], batch: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, Any], jax.Array]:
-        loss, grads = jax.value_and_grad(loss_of)(params, batch)
+        loss, grads = jax.value_and_grad(loss_of, allow_int=True)(params, batch)
+        # Integers, kernels of four bits, have no gradient.
+        grads = jax.tree.map(lambda grad: jnp.zeros(grad.shape) if grad.dtype == jax.dtypes.float0 else grad, grads)
         return loss, grads, global_norm(grads)
 
     loss, grads, norm = jax.device_get(step(natural_params(config), masked_batch(num_sequences)))
@@ -254,7 +262,8 @@ def answer_of(step: Step) -> Answer:
     shared = jax.device_get(out.grads.shared)
     for own in shared.values():
         # Padding of the vocabulary has no gradient at all.
-        assert not own.get("table", np.zeros(0))[step.config.vocab_size :].any()
+        table = own.get("table")
+        assert table is None or not table[step.config.vocab_size :].any()
     grads = {"blocks": stages, **resize_tables(shared, step.config.vocab_size)}
     return Answer(loss=float(out.loss), norm=float(norm), grads=jax.device_get(grads))
 

@@ -86,6 +86,33 @@ def test_magnitudes_have_the_gradients_of_one_device(case: str, targets: tuple[s
     assert beyond(errors_of(answer_of(step), expected), tolerance=TOLERANCE) == {}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_adapters_on_kernels_of_four_bits_have_the_gradients_of_one_device(case: str) -> None:
+    config = replace(MODEL, lora_rank=3, lora_alpha=6.0, lora_targets=("key", "up", "down"), lora_base="nf4")
+    step = pipeline_step(config, num_microbatches=4, num_sequences=16, **CASES[case])
+    assert step.model.fns.frozen is not None
+    expected = frozen_answer(config, 16, step.model.fns.frozen)
+    assert len(jax.tree.leaves(expected.grads)) == 6
+    assert beyond(errors_of(answer_of(step), expected), tolerance=TOLERANCE) == {}
+
+
+@pytest.mark.slow
+def test_no_kernel_of_four_bits_is_kept_wide() -> None:
+    """A layer's kernels are made wide where they are used; the stack of a rank's layers never is, nor in a buffer."""
+    case: dict[str, Any] = CASES["zero bubble"] | {"num_microbatches": 4, "num_sequences": 16}
+    found = {}
+    for base in ("plain", "nf4"):
+        step = pipeline_step(replace(MODEL, lora_rank=3, lora_base=base), **case)
+        run: Any = step.run
+        program = HloModule.parse(run.lower(step.params, step.batch).compile().as_text())
+        # Of a rank: 4 layers, 64 features in, and those of up and gate side by side on one of two tensor ranks.
+        stacked = 4, MODEL.hidden_size, MODEL.ffn_size
+        arrays = (leaf for _, instruction in program.instructions() for leaf in leaves(instruction.type))
+        found[base] = any(array.dims[-3:] == stacked for array in arrays)
+    assert found == {"plain": True, "nf4": False}
+
+
 def weight_products(is_frozen: Callable[[str], bool] | None, **case: Any) -> set[tuple[int, ...]]:
     """Return the shapes of kernels and tables that a compiled step makes by a matmul."""
     # 80 or 160 tokens of a microbatch on a device: no dimension of a kernel, so no activation has the shape of one.

@@ -17,7 +17,7 @@ from trellax.hub.saves.reader import SaveReader
 from trellax.layers import Transformer, param_counts
 from trellax.meshes import ConfigError
 from trellax.pipeline import natural_order
-from trellax.train import Checkpoints, train
+from trellax.train import Checkpoints, evaluate, train
 from trellax.train.checkpoints.initial_weights import check_initial_weights, initial_state
 from trellax.train.metrics import read_metrics
 
@@ -125,3 +125,27 @@ def test_average_is_that_of_the_adapters_and_is_merged_as_they_are(text: Path) -
     average = load_model(config.run_folder, weights="ema")(tokens)
     # It remembers the first adapters, with which the model is that of its source.
     assert 0 < jnp.abs(average - own).max() < jnp.abs(last - own).max()
+
+
+@pytest.mark.slow
+def test_run_on_kernels_of_four_bits_goes_on_elsewhere_and_is_the_model_of_its_rounded_base(text: Path) -> None:
+    def run(name: str, mesh: str, steps: int, **train: Any) -> RunConfig:
+        config = lora_run(text, name=name, mesh=mesh, steps=steps, **train)
+        return config.model_copy(update={"model": replace(config.model, lora_base="nf4")})
+
+    one, cut = run("one", "data=8", 4), run("cut", "data=8", 2)
+    went_on = run("cut", "data=2,tensor=2,pipe=2", 4, shard="layer")
+    check_initial_weights(setup_of(one))
+    train(one)
+    train(cut)
+    train(went_on, changes="accept")
+    losses = [read_metrics(config.run_folder)[-1]["val_loss"] for config in (one, went_on)]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=2e-5)
+    with Checkpoints(one.run_folder) as checkpoints:
+        state = checkpoints.restore(setup_of(one))
+    seal = SaveReader(folder=run_saves(one.run_folder)).require_newest()
+    assert all(path.endswith(("lora_a", "lora_b")) for path in seal.arrays if path.startswith("params."))
+    merged, tokens = load_model(one.run_folder), jnp.arange(12)[None] % 61
+    assert (merged.config.lora_rank, merged.config.lora_base) == (0, "plain")
+    np.testing.assert_allclose(merged(tokens), _unmerged(one, state)(tokens), atol=2e-5)
+    assert abs(evaluate(one.run_folder, mesh=setup_of(went_on).mesh) - losses[0]) < 2e-5 * losses[0]

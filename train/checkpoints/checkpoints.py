@@ -9,9 +9,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from ...configs.run_config import RunConfig
-from ...hub.adapters import without_adapters
-from ...hub.model_folder import load_params
-from ...hub.peft.read import base_of
+from ...hub.model_folder import read_base
 from ...hub.run_params import arrays_from_params, params_from_arrays, require_same_arrays
 from ...hub.saves.reader import Arrays, Damaged, SaveReader, Shapes
 from ...hub.saves.seal import PARAMS, SEAL_FILE, Seal
@@ -168,8 +166,8 @@ def _read_base(setup: Setup) -> Arrays:
     """Return the frozen weights by the paths under which a save would hold them; {} where all are trained."""
     if not setup.config.model.lora_rank:
         return {}
-    shapes = without_adapters(as_model(layer_order(setup).params))
-    return arrays_from_params(load_params(base_of(setup.config.train.init_from), shapes))
+    shapes = as_model(layer_order(setup).params)
+    return arrays_from_params(read_base(setup.config.train.init_from, shapes))
 
 
 def _check_place(seal: Seal) -> str:

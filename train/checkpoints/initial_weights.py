@@ -13,8 +13,9 @@ from flax import nnx
 from ...configs.run_config import RunConfig
 from ...hub.adapters import adapters_of, join_adapters, with_lengths, without_adapters, without_lora
 from ...hub.config import model_differences
-from ...hub.model_folder import load_params, read_model_config
-from ...hub.peft.read import base_of, is_peft_folder, open_adapters, read_adapters
+from ...hub.frozen_kernels import FrozenKernels
+from ...hub.model_folder import load_params, read_base, read_model_config
+from ...hub.peft.read import is_peft_folder, open_adapters, read_adapters
 from ...hub.read import open_weights
 from ...hub.run_params import is_run_folder
 from ...layers import Transformer
@@ -72,7 +73,7 @@ def check_initial_weights(setup: Setup, *, start: Start = "resume") -> None:
             fix="set these keys as they are there.",
         )
     if not is_run_folder(source) and not is_peft_folder(source):
-        open_weights(source, without_adapters(weight_shapes(setup)))
+        open_weights(source, FrozenKernels(without_adapters(weight_shapes(setup))).plain)
 
 
 def initial_state(setup: Setup) -> TrainState:
@@ -86,8 +87,7 @@ def initial_state(setup: Setup) -> TrainState:
         return setup.init_state()
     shapes = weight_shapes(setup)
     if setup.config.model.lora_rank:
-        params = load_params(base_of(source), without_adapters(shapes))
-        params = join_adapters(params, _first_adapters(setup, shapes))
+        params = join_adapters(read_base(source, shapes), _first_adapters(setup, shapes))
         params = params if is_peft_folder(source) else with_lengths(params)
     else:
         params = load_params(source, shapes)
@@ -99,7 +99,9 @@ def _first_adapters(setup: Setup, shapes: Any) -> Any:
     source, config = setup.config.train.init_from, setup.config.model
     if not is_peft_folder(source):
         return _draw_adapters(setup, adapters_of(shapes))
-    there, adapters = read_adapters(open_adapters(source), without_lora(config), shapes)
+    there, adapters = read_adapters(
+        open_adapters(source), without_lora(config), FrozenKernels(without_adapters(shapes)).plain
+    )
     compared = {"rank": lambda m: m.lora_rank, "scale": lora_scale, "targets": lora_targets}
     for name, value in (compared | {"magnitude": lambda m: m.lora_magnitude}).items():
         if value(config) != value(there):

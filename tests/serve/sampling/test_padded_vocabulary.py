@@ -2,11 +2,13 @@
 
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from trellax.serve import Engine, Request
+from trellax.serve.sampling.allowed import drop_forbidden
 
-from ..models import mesh_of, model_of, params_on
+from ..models import mesh_of, model_of, params_on, settings_of
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0, "logprobs": 20, "frequency_penalty": 0.5},
@@ -32,3 +34,12 @@ def test_answers_are_those_of_one_device(mesh: str) -> None:
         for ours, theirs in zip(one.logprobs or (), other.logprobs or (), strict=True):
             np.testing.assert_allclose(ours.logprob, theirs.logprob, atol=2e-5)
             assert [token for token, _ in ours.top] == [token for token, _ in theirs.top]
+
+
+def test_no_constraint_allows_padding() -> None:
+    """40 words padded to 96: the bits that are given end at 64."""
+    settings = settings_of(1, is_constrained=True)
+    allowed = np.full((1, 2), 0xFFFFFFFF, np.uint32) >> np.array([[0, 24]], np.uint32)
+    found = np.asarray(drop_forbidden(jnp.zeros((1, 96)), settings, jnp.asarray(allowed), axes=()))
+    assert (found[0, :40] == 0).all()
+    assert np.isneginf(found[0, 40:]).all()
