@@ -2,32 +2,32 @@
 
 import argparse
 import json
-import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import Any, TextIO
 
 from ..hub.model_folder import ModelSource
-from ..hub.text_stream import TextStream, Tokenizer
+from ..hub.text_stream import Tokenizer
 from ..layers import ModelConfig
 from ..meshes import ConfigError, MeshSpec, ServeError
 from ..meshes.errors import shown
 from ..meshes.files.regular_file import read_bounded
-from ..serve import Constraint, Engine, Request, ServedSequence, check_request
-from ..serve.constraints.grammars import Grammars
+from ..serve import Engine, Request, ServedSequence, check_request
 from ..serve.state import MAX_STOPS
 from .arguments.generate import no_prompt
 from .engine import apply_dtype, check_served, describe_engine, load_params, open_guesser, open_mesh, open_served
+from .generation.answer_text import AnswerText, cancel_stopped, is_text, read_stops, write_text
+from .generation.chat import run_chat
+from .generation.constraint import check_constraint, read_constraint
+from .generation.requests import make_request
 
 _DEFAULT_SLOTS = 8
-_MAX_PROMPTS_BYTES, _MAX_SCHEMA_BYTES = 1 << 28, 1 << 20
+_NEW_TOKENS = 64
+_MAX_PROMPTS_BYTES = 1 << 28
 _SEPARATOR = "\n---\n"
 """Printed between answers, which may contain blank lines."""
-
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-"""Control characters (C0, DEL and C1) except line ends and tabs."""
 
 
 def run_generate(args: argparse.Namespace) -> int:
@@ -36,24 +36,26 @@ def run_generate(args: argparse.Namespace) -> int:
     Raises:
         TrellaxError: model, mesh and prompts do not fit each other; no weight is read then.
     """
-    prompts = _read_prompts(args)
+    prompts, stops = _read_prompts(args), read_stops(args.stop)
+    if args.chat:
+        return run_chat(args, prompts)
     spec, source = open_served(args)
     config = apply_dtype(source.config, args)
-    requests = _make_requests(prompts, args, source)
+    requests = _make_requests(prompts, args, source, stops)
     sizes = _engine_sizes(args, config, requests, spec)
     check_served(config, spec, sizes)
     for request in requests:
         check_request(request, config, max_tokens=sizes["max_tokens"], max_stops=sizes["max_stops"])
-    _check_constraint(requests[0], config, source.tokenizer)
+    check_constraint(requests[0].constraint, config, source.tokenizer)
     guesser, mesh = open_guesser(args, config, spec, sizes), open_mesh(spec)
     start_s = time.perf_counter()
-    printer = _Printer(source.tokenizer, prompts, requests, sys.stdout) if not args.json else None
+    printer = _Printer(source.tokenizer, prompts, requests, None if args.json else sys.stdout, stops)
     engine = Engine(
         config,
         load_params(replace(source, config=config), spec, args, mesh=mesh),
         mesh=mesh,
         axes=spec.roles,
-        on_token=printer.add if printer else None,
+        on_token=printer.add,
         speculation=guesser.load(spec, mesh) if guesser else None,
         tokenizer=source.tokenizer,
         **sizes,
@@ -64,17 +66,17 @@ def run_generate(args: argparse.Namespace) -> int:
     if not args.json and args.logprobs is not None:
         print("\n".join(_logprob_lines(sequences, source.tokenizer)), file=sys.stderr)
     if args.json:
-        print(json.dumps([_numbers(*pair, source.tokenizer) for pair in zip(prompts, sequences, strict=True)]))
+        print(json.dumps([_numbers(*own) for own in zip(prompts, sequences, printer.answers, strict=True)]))
     print(_describe_pace(engine, sequences, time.perf_counter() - start_s), file=sys.stderr)
     return 0
 
 
-def _answer(engine: Engine, requests: list[Request], printer: "_Printer | None") -> list[ServedSequence]:
+def _answer(engine: Engine, requests: list[Request], printer: "_Printer") -> list[ServedSequence]:
     sequences = [engine.submit(request) for request in requests]
     while not engine.scheduler.is_idle:
         for sequence in engine.step():
-            if printer:
-                printer.end(sequence)
+            printer.end(sequence)
+        cancel_stopped(engine, sequences, printer.answers)
     return sequences
 
 
@@ -88,74 +90,25 @@ def _read_prompts(args: argparse.Namespace) -> list[str]:
             raise ConfigError(f"{args.prompts_file} cannot be read: {error}.", fix="name a text file.") from None
         # Not splitlines, which splits at form feeds too.
         prompts += [line for line in text.split("\n") if line]
-    if not prompts:
+    if not prompts and not args.chat:
         raise no_prompt()
-    for text in (*prompts, *args.stop):
-        if not _is_text(text):
+    for text in (*prompts, *args.stop, args.system or ""):
+        if not is_text(text):
             raise ServeError(f"{shown(text)} is not UTF-8 text.", fix="convert it, or check the locale.")
     return prompts
 
 
-def _is_text(word: str) -> bool:
-    """Return whether a word of the command line is UTF-8: Python decodes other bytes to surrogates."""
-    return not any("\ud800" <= letter <= "\udfff" for letter in word)
-
-
-def _make_requests(prompts: list[str], args: argparse.Namespace, source: ModelSource) -> list[Request]:
-    stops = [_stop_token(text, source.tokenizer) for text in args.stop]
-    stops += [one for one in source.end_ids if one not in stops]
-    constraint = _read_constraint(args)
+def _make_requests(
+    prompts: list[str], args: argparse.Namespace, source: ModelSource, stops: Sequence[str]
+) -> list[Request]:
+    most = _NEW_TOKENS if args.max_new_tokens is None else args.max_new_tokens
+    given: dict[str, Any] = {"source": source, "stops": stops, "max_new_tokens": most}
+    given["constraint"] = read_constraint(args)
     return [
-        Request(
-            # As in transformers, an empty prompt becomes the first token of a text.
-            prompt=tuple(source.tokenizer.encode_prompt(prompt)) or source.begin_ids,
-            max_new_tokens=args.max_new_tokens,
-            temperature=args.temperature,
-            top_k=args.top_k,
-            top_p=args.top_p,
-            min_p=args.min_p,
-            repetition_penalty=args.repetition_penalty,
-            presence_penalty=args.presence_penalty,
-            frequency_penalty=args.frequency_penalty,
-            logit_bias=args.logit_bias,
-            logprobs=args.logprobs,
-            seed=args.seed + index,
-            stop=tuple(stops),
-            constraint=constraint,
-        )
+        # As in transformers, an empty prompt becomes the first token of a text.
+        make_request(source.tokenizer.encode_prompt(prompt) or source.begin_ids, args, index=index, **given)
         for index, prompt in enumerate(prompts)
     ]
-
-
-def _read_constraint(args: argparse.Namespace) -> Constraint | None:
-    if args.regex is not None:
-        if not _is_text(args.regex):
-            raise ServeError(f"--regex {shown(args.regex)} is not UTF-8 text.", fix="convert it, or check the locale.")
-        return Constraint.regex(args.regex)
-    if args.json_schema is None:
-        return None
-    try:
-        text = read_bounded(args.json_schema, max_bytes=_MAX_SCHEMA_BYTES, error=ConfigError).decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{args.json_schema} cannot be read: {error}.", fix="name a JSON file.") from None
-    return Constraint.json_schema(text)
-
-
-def _check_constraint(request: Request, config: ModelConfig, tokenizer: Tokenizer) -> None:
-    """Compile the constraint that all requests share, before weights are read."""
-    if request.constraint is not None:
-        Grammars(tokenizer, vocab_size=config.vocab_size).matcher(request.constraint)
-
-
-def _stop_token(text: str, tokenizer: Tokenizer) -> int:
-    # A line end is hard to write in most shells, so `\n` stands for one.
-    tokens = tokenizer.encode(text.replace("\\n", "\n"))
-    if len(tokens) != 1:
-        raise ServeError(
-            f"--stop {shown(text)} is {len(tokens)} tokens; an answer ends with a single one.",
-            fix="give a single token, for example '\\n'.",
-        )
-    return tokens[0]
 
 
 def _engine_sizes(
@@ -177,24 +130,35 @@ def _engine_sizes(
 
 
 class _Printer:
-    """Print answers in the order of their prompts: the first unfinished one as it is decoded, later ones after it."""
+    """Print answers in the order of their prompts: the first unfinished one as it is decoded, later ones after it.
 
-    def __init__(self, tokenizer: Tokenizer, prompts: list[str], requests: list[Request], out: TextIO) -> None:
+    Args:
+        out: None prints nothing, and keeps the texts.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompts: list[str],
+        requests: list[Request],
+        out: TextIO | None,
+        stops: Sequence[str] = (),
+    ) -> None:
         self._out = out
-        self._streams = [TextStream(tokenizer, prompt=request.prompt) for request in requests]
+        self.answers = [AnswerText(tokenizer, request, stops) for request in requests]
         self._waiting = list(prompts)
         self._has_ended = [False] * len(prompts)
         self._first = 0
 
     def add(self, sequence: ServedSequence, token: int) -> None:
         """Print a token of the first unfinished answer, or keep a token of a later one."""
-        self._waiting[sequence.id] += self._streams[sequence.id].add(token)
+        self._waiting[sequence.id] += self.answers[sequence.id].add(token)
         self._show()
 
     def end(self, sequence: ServedSequence) -> None:
         """Print the rest of an answer, and the available text of the next ones."""
-        is_last = sequence.id == len(self._streams) - 1
-        self._waiting[sequence.id] += self._streams[sequence.id].finish() + ("\n" if is_last else _SEPARATOR)
+        is_last = sequence.id == len(self.answers) - 1
+        self._waiting[sequence.id] += self.answers[sequence.id].finish() + ("\n" if is_last else _SEPARATOR)
         self._has_ended[sequence.id] = True
         while self._first < len(self._waiting) and self._has_ended[self._first]:
             self._show()
@@ -203,24 +167,18 @@ class _Printer:
             self._show()
 
     def _show(self) -> None:
-        text = self._waiting[self._first]
-        # A terminal would obey control characters that a model writes; files and programs get them unchanged.
-        text = _CONTROLS.sub(lambda found: repr(found[0])[1:-1], text) if self._out.isatty() else text
-        # A stdout that is not UTF-8 cannot encode all characters that a model writes.
-        encoding = self._out.encoding or "utf-8"
-        self._out.write(text.encode(encoding, "backslashreplace").decode(encoding))
-        self._out.flush()
-        self._waiting[self._first] = ""
+        if self._out is not None:
+            write_text(self._out, self._waiting[self._first])
+            self._waiting[self._first] = ""
 
 
-def _numbers(prompt: str, sequence: ServedSequence, tokenizer: Tokenizer) -> dict[str, Any]:
-    stream = TextStream(tokenizer, prompt=sequence.request.prompt)
+def _numbers(prompt: str, sequence: ServedSequence, answer: AnswerText) -> dict[str, Any]:
     wanted = sequence.request.logprobs is not None
     return {
         "prompt": prompt,
-        "completion": stream.add(*sequence.tokens) + stream.finish(),
+        "completion": answer.text,
         "token_ids": sequence.tokens,
-        "finish_reason": sequence.finish_reason,
+        "finish_reason": answer.finish_reason(sequence),
         **({"logprobs": [asdict(one) for one in sequence.logprobs]} if wanted else {}),
     }
 

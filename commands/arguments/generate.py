@@ -15,6 +15,7 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
         "folder", type=parse_path, metavar="FOLDER", help="run folder of `trellax train`, or a Hugging Face model"
     )
     _add_prompt_arguments(parser)
+    _add_chat_arguments(parser)
     _add_sampling_arguments(parser)
     parser.add_argument("--mesh", default="", metavar="SIZES", help="for example tensor=2,pipe=2 (default: one device)")
     add_ema_argument(parser)
@@ -28,7 +29,7 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
         type=parse_whole,
         default=0,
         metavar="N",
-        help="cached tokens of a request, prompt and answer (default: as many as needed)",
+        help="cached tokens of a request, prompt and answer (default: as many as needed; in a chat at most 4096)",
     )
 
 
@@ -36,10 +37,25 @@ def _add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may be repeated")
     parser.add_argument("--prompts-file", type=parse_path, metavar="FILE", help="a text file, one prompt a line")
     parser.add_argument(
-        "--max-new-tokens", type=parse_whole, default=64, metavar="N", help="most tokens of an answer (default 64)"
+        "--max-new-tokens",
+        type=parse_whole,
+        metavar="N",
+        help="most tokens of an answer (default 64; in a chat what --max-tokens leaves)",
     )
     parser.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="a token that ends an answer; may be repeated"
+        "--stop", action="append", default=[], metavar="TEXT", help="a text that ends an answer; may be repeated"
+    )
+
+
+def _add_chat_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="a conversation: prompts are messages in turn; without any they are typed, or one is read from a pipe",
+    )
+    parser.add_argument("--system", metavar="TEXT", help="message of the system that begins a chat")
+    parser.add_argument(
+        "--chat-template", type=parse_path, metavar="FILE", help="Jinja template of chats (default: the model's)"
     )
 
 
@@ -120,13 +136,16 @@ def check_generate_arguments(args: argparse.Namespace) -> None:
     """Check that there is a prompt and that the folder exists, before jax is imported.
 
     Raises:
-        ServeError: no prompt is given, or two forms of the answer.
+        ServeError: no prompt is given, two forms of the answer, or what belongs to a chat without one.
         CheckpointError: the folder does not exist or is not a folder.
     """
-    if not (args.prompt or args.prompts_file):
+    if not (args.prompt or args.prompts_file or args.chat):
         raise no_prompt()
     if args.json_schema is not None and args.regex is not None:
         raise ServeError("--json-schema and --regex both say what an answer looks like.", fix="give one of them.")
+    for option, value in (("--system", args.system), ("--chat-template", args.chat_template)):
+        if value is not None and not args.chat:
+            raise ServeError(f"{option} belongs to a chat, and --chat is not given.", fix="add --chat.")
     check_model_folder(args.folder)
 
 

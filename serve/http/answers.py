@@ -12,10 +12,10 @@ from ...hub.text_stream import TextStream, Tokenizer
 from ...meshes import ServeError
 from ..async_engine import TokenStream
 from ..requests import TokenLogprobs
+from ..stop_strings import StopStrings
 from .errors import HttpError
 from .logprobs import chat_logprobs, text_logprobs
 from .metrics import Metrics
-from .stop_strings import StopStrings
 
 _MAX_PIECES = 256
 """Most pieces of text that wait for a client that reads slowly; tokens wait as numbers beyond."""

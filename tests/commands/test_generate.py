@@ -6,6 +6,7 @@ import shutil
 from argparse import Namespace
 from collections.abc import Callable
 from io import BytesIO, TextIOWrapper
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,18 @@ def test_a_stop_token_ends_an_answer_and_is_not_part_of_it(ask: Any, answers: li
 
 
 @pytest.mark.slow
+def test_a_stop_of_several_tokens_ends_an_answer_in_its_text(ask: Any, answers: list[Completion]) -> None:
+    texts = [ByteTokenizer().decode(answer.tokens) for answer in answers]
+    stop = next("".join(pair) for text in texts for pair in pairwise(text) if "".join(pair).isalnum())
+    code, out, _ = ask(*HOW, "--json", "--stop", stop)
+    assert code == 0
+    found = json.loads(out)
+    assert [one["completion"] for one in found] == [text.partition(stop)[0] for text in texts]
+    assert [one["finish_reason"] for one in found] == ["stop" if stop in text else "length" for text in texts]
+    assert stop in "".join(texts)
+
+
+@pytest.mark.slow
 def test_settings_that_change_logits_reach_the_answer_and_log_probabilities_are_shown(ask: Any) -> None:
     """A bias wins over all else, and its penalty for each time over the bias: 65 three times, then 66."""
     words = ["--prompt", "x", "--max-new-tokens", "4", "--logit-bias", "65=100", "--logit-bias", "66=95"]
@@ -185,7 +198,8 @@ MISTAKES: dict[str, list[str]] = {
     "mesh_too_large": ["--prompt", "x", "--mesh", "tensor=4,data=4", "--max-new-tokens", "4"],
     "unknown_type": ["--prompt", "x", "--dtype", "bfloat6"],
     "unknown_weights": ["--prompt", "x", "--weights", "int4"],
-    "long_stop": ["--prompt", "x", "--stop", "end"],
+    "system_without_chat": ["--prompt", "x", "--system", "Be brief."],
+    "chat_without_template": ["--chat", "--prompt", "x"],
     "unknown_axis": ["--prompt", "x", "--mesh", "tenso=2"],
     "prompt_that_is_no_text": ["--prompt", "x\udcff"],
     "stop_that_is_no_text": ["--prompt", "x", "--stop", "\udcff"],
@@ -246,7 +260,7 @@ def test_control_characters_are_escaped_on_a_terminal_and_raw_in_a_pipe(kind: An
 def test_each_line_of_the_prompts_file_is_a_prompt(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_bytes("a\x0cb\u2028c\r\n\n d\n".encode())
-    assert _read_prompts(Namespace(prompt=[], stop=[], prompts_file=str(file))) == ["a\x0cb\u2028c", " d"]
+    assert _read_prompts(Namespace(prompt=[], stop=[], prompts_file=str(file), system=None)) == ["a\x0cb\u2028c", " d"]
 
 
 def test_imported_run_without_its_tokenizer_is_not_served_as_bytes(

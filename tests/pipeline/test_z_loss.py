@@ -36,6 +36,7 @@ CASES: dict[str, tuple[ModelConfig, dict[str, Any]]] = {
     "zero bubble, untied": (UNTIED, {"mesh": "2x2x2", "schedule": "zb-h1", "vocab": "split"}),
     "zero bubble, ends": (UNTIED, {"mesh": "1x4x2", "schedule": "zb-h1", "sequence": "on"}),
     "capped": (CAPPED, {"mesh": "2x2x2", "schedule": "1f1b", "vocab": "split"}),
+    "padded": (replace(UNTIED, vocab_size=257), {"mesh": "2x2x2", "schedule": "1f1b", "vocab": "split"}),
     "context": (UNTIED, {"mesh": "data=2,context=2,pipe=2", "schedule": "1f1b", "vocab": "split"}),
     "experts": (replace(UNTIED, **EXPERTS), {"mesh": "expert=2,tensor=2,pipe=2", "schedule": "1f1b", "vocab": "split"}),
 }

@@ -138,10 +138,10 @@ class _Encoder:
             DamagedChatError: these messages cannot be trained on.
             DataError: nor can any others, for want of a chat template.
         """
-        answers = pair.chosen, pair.rejected
         if isinstance(pair, ChatPair):
-            chat = {"prompt": pair.prompt, "answers": answers}
-            return list(encode_answers(self._template, self._tokenizer, **chat))
+            both = pair.chosen, pair.rejected
+            return list(encode_answers(self._template, self._tokenizer, prompt=pair.prompt, answers=both))
+        answers = pair.chosen, pair.rejected
         if self._data.tokenizer == "bytes":
             return [(list(pair.prompt.encode()), list(answer.encode())) for answer in answers]
         # Apart, so that the prompt has the same ids before both answers.

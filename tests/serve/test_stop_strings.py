@@ -2,7 +2,7 @@
 
 from hypothesis import given
 from hypothesis import strategies as st
-from trellax.serve.http.stop_strings import StopStrings
+from trellax.serve.stop_strings import StopStrings
 
 letters = st.text(alphabet="ab", max_size=12)
 

@@ -1,0 +1,1 @@
+"""The text of answers as it is decoded, and conversations, for `trellax generate`."""
