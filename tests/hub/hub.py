@@ -82,6 +82,15 @@ MODELS: dict[str, dict[str, Any]] = {
     | _DENSE_THEN_EXPERTS,
     "gpt2": {"model_type": "gpt2", "n_layer": 2, "n_embd": 16, "n_head": 4, "n_positions": 64},
     "olmo2": {"model_type": "olmo2", "num_key_value_heads": 2},
+    "olmo3": {"model_type": "olmo3", "num_key_value_heads": 2, "num_hidden_layers": 4, "sliding_window": 5}
+    | {"pad_token_id": 0}
+    | {
+        "rope_parameters": {
+            "full_attention": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "beta_fast": 2.0}
+            | {"original_max_position_embeddings": 16},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        }
+    },
     "smollm3": {"model_type": "smollm3", "num_key_value_heads": 2, "no_rope_layers": [1, 0, 1], "pad_token_id": 0}
     | {"num_hidden_layers": 3},
     "phi3": {"model_type": "phi3", "num_key_value_heads": 2, "sliding_window": 5, "pad_token_id": 0}

@@ -77,6 +77,15 @@ MISTAKES: dict[str, dict[str, Any]] = {
     }
     | {"quantization_config": {"quant_method": "fp8"}, "sliding_window": 0},
     "gpt_oss_of_few_layers": LLAMA | {"model_type": "gpt_oss", "layer_types": ["full_attention"]},
+    "olmo3": LLAMA
+    | {"model_type": "olmo3", "attention_bias": True, "layer_types": ["chunked"], "rope_theta": 77.0}
+    | {
+        "rope_parameters": {
+            "full_attention": {"rope_type": "yarn", "factor": 4.0, "truncate": False},
+            "sliding_attention": {"rope_type": "yarn", "rope_theta": -1.0},
+            "chunked_attention": {},
+        }
+    },
     "llama_in_mxfp4": LLAMA | {"quantization_config": {"quant_method": "mxfp4"}},
     "yarn": LLAMA
     | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "truncate": "no", "beta_fast": -1, "mscale": "1"}},
