@@ -1,4 +1,4 @@
-"""Describe OLMo 3: OLMo 2 with windows in three of four layers, whose rotary positions are not scaled as the others'."""
+"""Describe OLMo 3: OLMo 2 with windows in three of four layers, in which rotary positions are not scaled."""
 
 from collections.abc import Iterator
 from typing import Any
