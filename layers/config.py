@@ -92,12 +92,14 @@ class ModelConfig:
     norm_place: Literal["before", "after", "both"] = "before"
     positions: Literal["learned", "rotary"] = "learned"
     rope_theta: float = 10_000.0
-    rope_scaling: Literal["none", "linear", "llama3", "yarn"] = "none"
+    rope_scaling: Literal["none", "linear", "llama3", "yarn", "longrope"] = "none"
     rope_factor: float = 1.0
     rope_low_frequency_factor: float = 1.0
     rope_high_frequency_factor: float = 4.0
     rope_original_tokens: int = 0
     rope_truncate: Literal["on", "off"] = "on"
+    rope_short_factors: tuple[float, ...] = ()
+    rope_long_factors: tuple[float, ...] = ()
     rope_attention_factor: float = 0.0
     rope_mscale_all: float = 0.0
     rope_head_size: int = 0

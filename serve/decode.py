@@ -83,7 +83,9 @@ class _DecodeLoop:
         size = self.sizes.group_size
         slots: SlotInputs = jax.tree.map(lambda leaf: rows_of(leaf, row, size), self.slots)
         starts_B = rows_of(state.cache.lengths[0], row, size)
-        new = NewTokens(row=row, starts=starts_B, counts=is_full_B.astype(jnp.int32), pages=slots.pages)
+        new = NewTokens(
+            row=row, starts=starts_B, counts=is_full_B.astype(jnp.int32), pages=slots.pages, most=slots.most_read
+        )
         tokens_B1 = rows_of(state.next_token[0], row, size)[:, None]
         x = self.stage.on_rank(
             0, lambda: self.stage.embed(self.params, tokens_B1, starts_B[:, None]), lambda: state.x[0]

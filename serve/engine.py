@@ -125,7 +125,7 @@ class Engine:
         self._speculator: Speculator | None = None
         if speculation is not None:
             self._speculator = Speculator(speculation, self.config, self.sizes, state=self.shapes, **own)
-        self.scheduler = _make_scheduler(self.sizes)
+        self.scheduler = _make_scheduler(self.sizes, self.config)
         self._params = stage_params(params, config=self.config, **own)
         self._state, self._slots = empty_state(self.shapes, fill=fill), empty_inputs(self.sizes)
         rules, vocab_size = ShardingRules.of(self.axes), self.config.vocab_size
@@ -317,11 +317,12 @@ class Engine:
                 num_left[sequence] -= 1
 
 
-def _make_scheduler(sizes: Sizes) -> RequestScheduler:
+def _make_scheduler(sizes: Sizes, config: ModelConfig) -> RequestScheduler:
     return RequestScheduler(
         num_shards=sizes.num_shards,
         groups=sizes.groups,
         group_size=sizes.group_size,
         num_pages=sizes.pages_per_shard,
         page=sizes.page,
+        long_from=config.rope_original_tokens if config.rope_scaling == "longrope" else 0,
     )

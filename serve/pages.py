@@ -6,7 +6,8 @@ place is needed: the prefix used longest ago goes first. Pages of answers are no
 reading a prompt, and an answer must not depend on whether somebody else wrote its beginning.
 
 A sequence gets the pages of its prompt and of its longest answer at once, so no sequence runs out of pages while it is
-decoded, none has to be interrupted, and one that waits for pages gets them when others end. Read `requests.py` next.
+decoded, none has to be interrupted, and one that waits for pages gets them when others end. Where a model rotates long
+sequences by other factors (`layers/rope/by_length.py`), these share no pages with short ones. Read `requests.py` next.
 """
 
 from collections import OrderedDict
@@ -34,6 +35,9 @@ class _Page:
 class PagePool:
     """The pages of one data shard.
 
+    Args:
+        long_from: sequences of more tokens share no pages with shorter ones; 0 if all may share theirs.
+
     >>> pool = PagePool(num_pages=4, page=2)
     >>> first = pool.take((1, 2, 3), num_tokens=4)
     >>> second = pool.take((1, 2, 5), num_tokens=4)  # begins with the same page
@@ -41,8 +45,8 @@ class PagePool:
     ([0, 1], [0, 2], None)
     """
 
-    def __init__(self, *, num_pages: int, page: int) -> None:
-        self.page = page
+    def __init__(self, *, num_pages: int, page: int, long_from: int = 0) -> None:
+        self.page, self.long_from = page, long_from
         self._pages = [_Page() for _ in range(num_pages)]
         self._free = list(reversed(range(num_pages)))
         # Known pages that no sequence has, the one used longest ago first.
@@ -55,13 +59,14 @@ class PagePool:
         """Number of pages that no sequence has, with those that keep a prefix."""
         return len(self._free) + len(self._kept)
 
-    def num_shared(self, prompt: Sequence[int]) -> int:
-        """Return the number of tokens at the beginning of a prompt whose pages are known."""
-        return len(self._find(prompt)) * self.page
+    def num_shared(self, prompt: Sequence[int], *, num_tokens: int = 0) -> int:
+        """Return the number of tokens at the beginning of a prompt whose pages are known, as of `take`."""
+        return len(self._find(prompt, self._root(num_tokens))) * self.page
 
     def take(self, prompt: Sequence[int], *, num_tokens: int) -> list[int] | None:
         """Return pages for a sequence of so many tokens, its prompt included, or None if there are too few."""
-        shared = self._find(prompt)
+        root = self._root(num_tokens)
+        shared = self._find(prompt, root)
         num_new = -(-num_tokens // self.page) - len(shared)
         if num_new > self.num_free - sum(number in self._kept for number in shared):
             return None
@@ -70,7 +75,7 @@ class PagePool:
         pages = shared + [self._take_one() for _ in range(num_new)]
         for number in pages:
             self._pages[number].num_users += 1
-        self._name(pages, prompt, first=len(shared))
+        self._name(pages, prompt, first=len(shared), root=root)
         return pages
 
     def mark_read(self, pages: Sequence[int], *, num_tokens: int) -> None:
@@ -106,9 +111,13 @@ class PagePool:
         for number in pages:
             self._forget(number)
 
-    def _find(self, prompt: Sequence[int]) -> list[int]:
+    def _root(self, num_tokens: int) -> int:
+        """Return the serial before the first page of a sequence: serials of pages are above 0."""
+        return -1 if self.long_from and num_tokens > self.long_from else 0
+
+    def _find(self, prompt: Sequence[int], root: int) -> list[int]:
         """Return the known pages with which a prompt begins; its last token is in none, since it must be computed."""
-        found, serial = [], 0
+        found, serial = [], root
         for index in range(self._num_shareable(prompt)):
             number = self._known.get((serial, self._tokens(prompt, index)))
             if number is None:
@@ -117,9 +126,9 @@ class PagePool:
             serial = self._pages[number].serial
         return found
 
-    def _name(self, pages: Sequence[int], prompt: Sequence[int], *, first: int) -> None:
+    def _name(self, pages: Sequence[int], prompt: Sequence[int], *, first: int, root: int) -> None:
         """Make the full pages of a prompt known, from page `first` on."""
-        serial = self._pages[pages[first - 1]].serial if first else 0
+        serial = self._pages[pages[first - 1]].serial if first else root
         for index in range(first, len(prompt) // self.page):
             key, own = (serial, self._tokens(prompt, index)), self._pages[pages[index]]
             if key in self._known:

@@ -64,7 +64,9 @@ def _work(carry: Any, *, stage: Stage, params: Any, slots: SlotInputs, chunk: Ch
     """Run this rank's layers on one chunk; at the end of a prompt the last rank chooses the next token."""
     state, x, chosen = carry
     own: SlotInputs = jax.tree.map(lambda leaf: rows_of(leaf, chunk.slot, 1), slots)
-    new = NewTokens(row=chunk.slot, starts=chunk.start[None], counts=chunk.count[None], pages=own.pages)
+    new = NewTokens(
+        row=chunk.slot, starts=chunk.start[None], counts=chunk.count[None], pages=own.pages, most=own.most_read
+    )
     tokens_1T = chunk.tokens[None]
     x = stage.on_rank(0, lambda: stage.embed(params, tokens_1T, new.positions(tokens_1T.shape[1])), lambda: x)
     x, cache = stage.run_layers(params, x, cache=state.cache, new=new)

@@ -203,6 +203,7 @@ class RequestScheduler:
     Args:
         num_pages, page: number of pages of each data shard, and of tokens of a page. Whoever submits a request has
             checked that it fits into them alone.
+        long_from: as of `PagePool`.
 
     >>> scheduler = RequestScheduler(num_shards=1, groups=2, group_size=1, num_pages=16, page=8)
     >>> waiting = [scheduler.submit(Request(prompt=(1, 2, 3))) for _ in range(3)]
@@ -210,8 +211,10 @@ class RequestScheduler:
     [0, 1]
     """
 
-    def __init__(self, *, num_shards: int, groups: int, group_size: int, num_pages: int, page: int) -> None:
-        self.pools = [PagePool(num_pages=num_pages, page=page) for _ in range(num_shards)]
+    def __init__(
+        self, *, num_shards: int, groups: int, group_size: int, num_pages: int, page: int, long_from: int = 0
+    ) -> None:
+        self.pools = [PagePool(num_pages=num_pages, page=page, long_from=long_from) for _ in range(num_shards)]
         self.num_shards, self.groups, self.group_size = num_shards, groups, group_size
         self.waiting: deque[ServedSequence] = deque()
         self.running: dict[int, ServedSequence] = {}
@@ -294,11 +297,13 @@ class RequestScheduler:
             if slots := [slot for slot in range(first, first + self.group_size) if slot not in self.running]:
                 free[first] = slots
 
-        def rank(first: int) -> tuple[int, int]:
-            return -len(free[first]), -self.pools[self._shard(first)].num_shared(request.prompt)
-
         # The last token of an answer is never read, so it is not cached.
         num_tokens = len(request.prompt) + request.max_new_tokens - 1
+
+        def rank(first: int) -> tuple[int, int]:
+            pool = self.pools[self._shard(first)]
+            return -len(free[first]), -pool.num_shared(request.prompt, num_tokens=num_tokens)
+
         for first in sorted(free, key=rank):
             pages = self.pools[self._shard(first)].take(request.prompt, num_tokens=num_tokens)
             if pages is not None:

@@ -33,6 +33,11 @@ class SlotInputs:
     pages: Any
     allowed: Any
 
+    @property
+    def most_read(self) -> Any:
+        """The most tokens that each sequence reads, [B@data]; the last of its longest answer is never read."""
+        return self.settings.limit - 1
+
 
 def input_shapes(sizes: Sizes, *, vocab_size: int, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> SlotInputs:
     """Return shapes and shardings of the inputs of all slots, which are the same on all ranks."""

@@ -21,13 +21,14 @@ from .with_options.gemma3 import GEMMA3
 from .with_options.gpt_oss import GPT_OSS
 from .with_options.granite import GRANITE
 from .with_options.olmo2 import OLMO2
+from .with_options.olmo3 import OLMO3
 from .with_options.phi3 import PHI3
 from .with_options.smollm3 import SMOLLM3
 
 _ALL: tuple[Architecture, ...] = (
     *(LLAMA, MISTRAL, QWEN2, QWEN3, MIXTRAL, QWEN3_MOE),
     *(DEEPSEEK_V2, DEEPSEEK_V3, DOTS1, GLM4_MOE, GPT2),
-    *(OLMO2, GRANITE, SMOLLM3, PHI3, GEMMA2, GEMMA3, GPT_OSS),
+    *(OLMO2, GRANITE, SMOLLM3, PHI3, GEMMA2, GEMMA3, GPT_OSS, OLMO3),
 )
 
 ARCHITECTURES = {one.model_type: one for one in _ALL}

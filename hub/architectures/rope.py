@@ -14,17 +14,23 @@ from .architecture import Values
 from .numbers import check_positive
 
 _ORIGINAL_TOKENS = "original_max_position_embeddings"
+_WITH_LENGTH = ("llama3", "yarn", "longrope")
+"""Types that compare with the length that a model was first trained on."""
 
 _NUMBERS = {
     "default": (),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "yarn": ("factor",),
+    "longrope": (),
 }
 """The required numbers of each type of scaling."""
 
 _YARN_NUMBERS = ("beta_slow", "beta_fast", "attention_factor", "mscale", "mscale_all_dim")
 """Numbers that "yarn" may have; null or 0 is as good as none."""
+
+_FACTORS = {"rope_short_factors": "short_factor", "rope_long_factors": "long_factor"}
+"""Lists of numbers that "longrope" must have, by `ModelConfig` field."""
 
 
 def resolve_rope(values: Values, *, max_tokens: int, theta: float, warnings: list[str]) -> dict[str, Any]:
@@ -44,12 +50,16 @@ def resolve_rope(values: Values, *, max_tokens: int, theta: float, warnings: lis
     rope["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
     # The base of the table that was taken, or else the one beside the tables: never that of the other table.
     rope["rope_theta"] = _first_given(rope.get("rope_theta"), values.get("rope_theta"), theta)
-    if rope["rope_type"] in ("llama3", "yarn"):
+    if rope["rope_type"] in _WITH_LENGTH:
         rope[_ORIGINAL_TOKENS] = _first_given(
             values.get(_ORIGINAL_TOKENS),
             rope.get(_ORIGINAL_TOKENS),
             values.get("max_position_embeddings", max_tokens),
         )
+    if rope["rope_type"] == "longrope":
+        rope.setdefault("factor", None)
+        if rope["factor"] is None and isinstance(original := rope[_ORIGINAL_TOKENS], int) and original > 0:
+            rope["factor"] = values.get("max_position_embeddings", max_tokens) / original
     beside = {"rope_theta": values["rope_theta"]} if "rope_theta" in values and (parameters or scaling) else {}
     for name, table in (("rope_parameters", parameters), ("rope_scaling", scaling), ("config.json", beside)):
         warnings += _list_ignored(table, name, rope)
@@ -89,7 +99,9 @@ def find_unsupported_rope(values: Values, *, parts: Literal["whole", "any"]) -> 
         yield from _find_unsupported_yarn(rope)
     elif rope.get("mscale_all_dim"):
         yield f"mscale_all_dim of rope type {kind!r}; only with 'yarn' it is"
-    if kind in ("llama3", "yarn") and type(original := rope[_ORIGINAL_TOKENS]) is not int:
+    if kind == "longrope":
+        yield from _find_unsupported_longrope(rope)
+    if kind in _WITH_LENGTH and type(original := rope[_ORIGINAL_TOKENS]) is not int:
         yield f"{_ORIGINAL_TOKENS}={shown(original)} is no whole number"
     part = rope["partial_rotary_factor"]
     if parts == "whole" and part not in (1, None):
@@ -106,6 +118,18 @@ def _find_unsupported_yarn(rope: Mapping[str, Any]) -> Iterator[str]:
         yield f"truncate={shown(truncate)} of rope type 'yarn' is neither true nor false"
 
 
+def _find_unsupported_longrope(rope: Mapping[str, Any]) -> Iterator[str]:
+    for key in _FACTORS.values():
+        factors = rope.get(key)
+        if not isinstance(factors, list) or not factors:
+            yield f"{key}={shown(factors)} of rope type 'longrope' is no list of numbers"
+            continue
+        yield from (line for factor in factors for line in check_positive(f"a number of {key}", factor))
+    for key in ("factor", "attention_factor"):
+        if rope.get(key) is not None:
+            yield from check_positive(key, rope[key])
+
+
 def read_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
     """Return fields of a `ModelConfig` from a resolved and supported table."""
     read: dict[str, Any] = {"positions": "rotary", "rope_theta": float(rope["rope_theta"])}
@@ -116,6 +140,10 @@ def read_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
         read["rope_low_frequency_factor"] = float(rope["low_freq_factor"])
         read["rope_high_frequency_factor"] = float(rope["high_freq_factor"])
         read["rope_original_tokens"] = rope[_ORIGINAL_TOKENS]
+    if kind == "longrope":
+        read |= {own: tuple(float(factor) for factor in rope[key]) for own, key in _FACTORS.items()}
+        read["rope_original_tokens"] = rope[_ORIGINAL_TOKENS]
+        read["rope_attention_factor"] = float(rope.get("attention_factor") or 0)
     return read | _read_yarn(rope) if kind == "yarn" else read
 
 
@@ -146,6 +174,10 @@ def write_rope(config: ModelConfig) -> dict[str, Any]:
         rope[_ORIGINAL_TOKENS] = config.rope_original_tokens
     if config.rope_scaling == "yarn":
         rope |= _write_yarn(config)
+    if config.rope_scaling == "longrope":
+        rope |= {key: list(getattr(config, own)) for own, key in _FACTORS.items()}
+        rope[_ORIGINAL_TOKENS] = config.rope_original_tokens
+        rope |= {"attention_factor": config.rope_attention_factor} if config.rope_attention_factor else {}
     if config.rope_head_size and not config.latent_size:
         rope["partial_rotary_factor"] = config.rope_head_size / config.head_size
     return {

@@ -7,9 +7,11 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from ...meshes import DEFAULT_RULES, ShardingRules
+from ...meshes.device_axes import num_manual_blocks
 from ..check_inputs import check_hidden
 from ..config import ModelConfig
 from ..context.attend import attend_in_context
@@ -21,6 +23,7 @@ from ..options.by_layer import SAME_AS_ALL, LayerAttention, attention_of_layer
 from ..options.qk_norm import make_qk_norm, normalize_heads
 from ..options.sinks import make_sinks
 from ..partitioning import INIT_STD
+from ..rope.by_length import frequencies_by_length
 from ..rope.rotary import rotate
 from .cache import KVCache, NewTokens
 from .cached import CacheScoring, attend
@@ -74,7 +77,12 @@ class Attention(nnx.Module):
         return self.combine(mixed_BTNH)
 
     def project(
-        self, x_BTD: jax.Array, *, positions_BT: jax.Array | None = None, own: LayerAttention = SAME_AS_ALL
+        self,
+        x_BTD: jax.Array,
+        *,
+        positions_BT: jax.Array | None = None,
+        own: LayerAttention = SAME_AS_ALL,
+        lengths_B: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Return queries, keys and values, normalized and rotated by position where the config says so.
 
@@ -85,6 +93,7 @@ class Attention(nnx.Module):
         Args:
             positions_BT: position of every token in its sequence; 0 to T - 1, of all context ranks, if left out.
             own: what this layer has of its own.
+            lengths_B: most tokens of each sequence; T, of all context ranks, if left out.
         """
         q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD)
         if self.query_norm is not None and self.key_norm is not None:
@@ -94,9 +103,13 @@ class Attention(nnx.Module):
             factor = self.config.attention_scale * self.config.head_size**0.5
             q_BTNH = q_BTNH if factor == 1 else q_BTNH * factor
         if self.config.positions == "rotary":
+            frequencies = own.frequencies
+            if frequencies is None:
+                length = q_BTNH.shape[1] * num_manual_blocks(self.rules.axes("tokens"))
+                frequencies = frequencies_by_length(self.config, length if lengths_B is None else lengths_B)
             if positions_BT is None:
                 positions_BT = own_positions(q_BTNH.shape[1], self.rules.axes("tokens"))[None]
-            how: dict[str, Any] = {"positions_BT": positions_BT, "frequencies": own.frequencies}
+            how: dict[str, Any] = {"positions_BT": positions_BT, "frequencies": frequencies}
             how |= {"config": self.config, "magnitude": own.magnitude}
             q_BTNH, k_BTKH = rotate(q_BTNH, **how), rotate(k_BTKH, **how)
         return q_BTNH, k_BTKH, v_BTKH
@@ -137,7 +150,8 @@ class Attention(nnx.Module):
         """
         positions_BT = new.positions(x_BTD.shape[1])
         own = attention_of_layer(self.config, number)
-        q_BTNH, k_BTKH, v_BTKH = self.project(x_BTD, positions_BT=positions_BT, own=own)
+        most_B = jnp.full(x_BTD.shape[:1], self.config.max_tokens) if new.most is None else new.most
+        q_BTNH, k_BTKH, v_BTKH = self.project(x_BTD, positions_BT=positions_BT, own=own, lengths_B=most_B)
         cache = cache.append(layer, new, k_BTKH, v_BTKH)
         how: dict[str, Any] = {"window": self.config.attention_window, "cap": self.config.attention_softcap}
         scoring = CacheScoring(**how, is_windowed=own.is_windowed, sinks=self._sinks)

@@ -101,12 +101,14 @@ class NewTokens:
 
     The first `counts` of a row's T tokens are real; the others are padding, computed but not written to the cache.
     `pages`, [B, pages], are the pages of each row in the order of their tokens; those not in use are any that exist.
+    `most`, [B], are the most tokens that a row can have; those of the model if left out.
     """
 
     row: Any
     starts: Any
     counts: Any
     pages: Any
+    most: Any = None
 
     def positions(self, num_tokens: int) -> jax.Array:
         """Return the position of every token in its sequence: [B, T]."""

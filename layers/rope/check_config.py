@@ -1,12 +1,14 @@
 """Check the settings of rotary positions."""
 
+import math
 from dataclasses import fields
 from typing import Any
 
 from ...meshes import ModelError
 
 _OF_TURNS = ("rope_low_frequency_factor", "rope_high_frequency_factor", "rope_original_tokens")
-_OF_YARN = ("rope_attention_factor", "rope_mscale_all", "rope_truncate")
+_OF_YARN = ("rope_mscale_all", "rope_truncate")
+_OF_LONGROPE = ("rope_short_factors", "rope_long_factors")
 _OF_ROPE = ("rope_theta", *_OF_TURNS, *_OF_YARN, "rope_head_size")
 
 
@@ -38,7 +40,7 @@ def _check_scaling(config: Any) -> None:
     if kind == "none" and config.rope_factor != 1:
         raise ModelError(
             f"rope_factor={config.rope_factor} says to scale rotary positions, but rope_scaling='none'.",
-            fix="set rope_scaling='linear', 'llama3' or 'yarn', or leave rope_factor out.",
+            fix="set rope_scaling='linear', 'llama3', 'yarn' or 'longrope', or leave rope_factor out.",
         )
     if kind != "none" and config.positions != "rotary":
         raise ModelError(
@@ -46,7 +48,13 @@ def _check_scaling(config: Any) -> None:
             fix="set positions='rotary', or leave rope_scaling out.",
         )
     if kind != "yarn":
-        _refuse(config, _OF_YARN, needs="rope_scaling", value="yarn", what="YaRN")
+        # LongRoPE has this one too.
+        own = _OF_YARN if kind == "longrope" else (*_OF_YARN, "rope_attention_factor")
+        _refuse(config, own, needs="rope_scaling", value="yarn", what="YaRN")
+    if kind == "longrope":
+        _check_longrope(config)
+    else:
+        _refuse(config, _OF_LONGROPE, needs="rope_scaling", value="longrope", what="LongRoPE")
     if kind in ("llama3", "yarn") and config.rope_original_tokens < 1:
         raise ModelError(
             f"rope_original_tokens={config.rope_original_tokens}: rope_scaling={kind!r} compares wavelengths with the "
@@ -57,6 +65,30 @@ def _check_scaling(config: Any) -> None:
         _check_turns(config)
     if kind == "yarn":
         _check_yarn(config)
+
+
+def _check_longrope(config: Any) -> None:
+    for name in _OF_LONGROPE:
+        factors, pairs = getattr(config, name), config.rotated_size // 2
+        are_numbers = isinstance(factors, tuple) and all(isinstance(one, int | float) for one in factors)
+        if not are_numbers or len(factors) != pairs or not all(0 < one < math.inf for one in factors):
+            raise ModelError(
+                f"{name} has {len(factors) if isinstance(factors, tuple) else repr(factors)} factors: "
+                f"rope_scaling='longrope' divides each of {pairs} frequencies by one of its own, above 0.",
+                fix=f"give {pairs} numbers above 0, as `short_factor` and `long_factor` of the model's config.json.",
+            )
+    if config.rope_original_tokens < 2:
+        raise ModelError(
+            f"rope_original_tokens={config.rope_original_tokens}: rope_scaling='longrope' has other factors for "
+            "sequences that are longer than those that the model was first trained on.",
+            fix="set rope_original_tokens, 4096 for Phi-3 and Phi-4-mini.",
+        )
+    for name in ("attention_pattern", "latent_size"):
+        if value := getattr(config, name):
+            raise ModelError(
+                f"{name}={value} with rope_scaling='longrope': its layers take no factors by the length of a sequence.",
+                fix=f"leave {name} out, or set rope_scaling='yarn'.",
+            )
 
 
 def _refuse(config: Any, names: tuple[str, ...], *, needs: str, value: str, what: str) -> None:

@@ -7,6 +7,9 @@ that turn often are kept, pairs that turn less than once are slowed down by `rop
     llama3    in between, in proportion to a pair's turns           Llama 3.1's release
     yarn      in between, in proportion to a pair's number          Peng et al. 2023, arXiv:2309.00071, section 3.2
 
+    longrope  every pair by a factor of its own, of two sets: one   Ding et al. 2024, arXiv:2402.13753, section 3
+              for sequences of rope_original_tokens, one for longer
+
 Everything is in float64 until the end. Read `rotary.py` next.
 """
 
@@ -16,13 +19,20 @@ from typing import Any
 import numpy as np
 
 
-def rope_frequencies(config: Any) -> np.ndarray:
+def rope_frequencies(config: Any, *, num_tokens: int = 1) -> np.ndarray:
     """Return the frequency of each pair in radians per position, float32[R/2], for R = `config.rotated_size`.
 
     That of pair i is theta**(-2i/R) before scaling.
+
+    Args:
+        num_tokens: the length of the sequence, by which longrope chooses.
     """
     size = config.rotated_size
     own_h = config.rope_theta ** -(np.arange(0, size, 2) / size)
+    if config.rope_scaling == "longrope":
+        is_long = num_tokens > config.rope_original_tokens
+        factors = config.rope_long_factors if is_long else config.rope_short_factors
+        return (own_h / np.array(factors)).astype(np.float32)
     slow_h = own_h / config.rope_factor
     keep_h = {"llama3": _kept_by_turns, "yarn": _kept_by_number}.get(config.rope_scaling)
     if keep_h is None:

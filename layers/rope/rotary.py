@@ -26,13 +26,14 @@ def rotate(
     Args:
         config: gives the `rope_frequencies` of the pairs.
         positions_BT: position of every token in its sequence, [B@data, T] or [1, T]; 0 to T - 1 if left out.
-        frequencies, magnitude: those of this layer, [R/2] and [], if layers differ.
+        frequencies, magnitude: those of this layer, [R/2] and [], if layers differ; [B, R/2] if sequences do.
     """
     if positions_BT is None:
         positions_BT = jnp.arange(x_BTNH.shape[1])[None]
     size = config.rotated_size
-    own_h: Any = rope_frequencies(config) if frequencies is None else frequencies
-    angle_BTh = positions_BT.astype(jnp.float32)[..., None] * own_h[None, None]
+    own: Any = rope_frequencies(config, num_tokens=x_BTNH.shape[1]) if frequencies is None else frequencies
+    own_B1h = own[:, None] if own.ndim == 2 else own[None, None]
+    angle_BTh = positions_BT.astype(jnp.float32)[..., None] * own_B1h
     factor = rope_magnitude(config) if magnitude is None else magnitude
     cos, sin = (factor * turn(angle_BTh)[:, :, None] for turn in (jnp.cos, jnp.sin))
     turned = x_BTNH[..., :size].astype(jnp.float32)

@@ -107,7 +107,7 @@ class _Work:
         own: SlotInputs = jax.tree.map(lambda leaf: rows_of(leaf, row, size), self.slots)
         given: Guesses = jax.tree.map(lambda leaf: rows_of(leaf, row, size), self.guesses)
         num_tokens = given.tokens.shape[1]
-        new = NewTokens(row=row, starts=given.starts, counts=given.counts, pages=own.pages)
+        new = NewTokens(row=row, starts=given.starts, counts=given.counts, pages=own.pages, most=own.most_read)
         x = stage.on_rank(0, lambda: stage.embed(self.params, given.tokens, new.positions(num_tokens)), lambda: x)
         x, cache = stage.run_layers(self.params, x, cache=state.cache, new=new)
 

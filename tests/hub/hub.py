@@ -37,6 +37,7 @@ _LLAMA3 = {
     "original_max_position_embeddings": 32,
 }
 _LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 8.0}
+_LONGROPE: dict[str, Any] = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.25], "long_factor": [3.5]}
 _YARN = {
     "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
     | {"mscale": 1.0, "mscale_all_dim": 0.707, "beta_fast": 2.0}
@@ -82,10 +83,24 @@ MODELS: dict[str, dict[str, Any]] = {
     | _DENSE_THEN_EXPERTS,
     "gpt2": {"model_type": "gpt2", "n_layer": 2, "n_embd": 16, "n_head": 4, "n_positions": 64},
     "olmo2": {"model_type": "olmo2", "num_key_value_heads": 2},
+    "olmo3": {"model_type": "olmo3", "num_key_value_heads": 2, "num_hidden_layers": 4, "sliding_window": 5}
+    | {"pad_token_id": 0}
+    | {
+        "rope_parameters": {
+            "full_attention": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "beta_fast": 2.0}
+            | {"original_max_position_embeddings": 16},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        }
+    },
     "smollm3": {"model_type": "smollm3", "num_key_value_heads": 2, "no_rope_layers": [1, 0, 1], "pad_token_id": 0}
     | {"num_hidden_layers": 3},
     "phi3": {"model_type": "phi3", "num_key_value_heads": 2, "sliding_window": 5, "pad_token_id": 0}
     | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+    "phi4_mini": {"model_type": "phi3", "num_key_value_heads": 2, "pad_token_id": 0, "tie_word_embeddings": True}
+    | {"rope_parameters": _LONGROPE | {"partial_rotary_factor": 0.5}, "original_max_position_embeddings": 16},
+    "phi3_short": {"model_type": "phi3", "num_key_value_heads": 2, "pad_token_id": 0, "max_position_embeddings": 256}
+    | {"rope_parameters": _LONGROPE | {"long_factor": [3.0, 9.0], "short_factor": [1.0, 1.3]}}
+    | {"original_max_position_embeddings": 128},
     "gemma2": {"model_type": "gemma2", "num_key_value_heads": 2, "head_dim": 8, "query_pre_attn_scalar": 6}
     | {"num_hidden_layers": 3, "sliding_window": 5, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 8.0},
     "gemma3": {"model_type": "gemma3_text", "num_key_value_heads": 1, "head_dim": 8, "query_pre_attn_scalar": 12}

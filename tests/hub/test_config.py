@@ -58,8 +58,11 @@ MISTAKES: dict[str, dict[str, Any]] = {
     | {"sliding_window": 8},
     "smollm3_of_few_layers": LLAMA | {"model_type": "smollm3", "no_rope_layers": [1]},
     "smollm3_with_windows": LLAMA | {"model_type": "smollm3", "layer_types": ["full_attention", "sliding_attention"]},
-    "phi3": LLAMA | {"model_type": "phi3", "rope_scaling": {"type": "longrope", "short_factor": [1.0, 1.0]}},
+    "phi3": LLAMA | {"model_type": "phi3", "rope_scaling": {"type": "longrope", "short_factor": [1.0, -1.0]}},
     "phi3_yarn": LLAMA | {"model_type": "phi3", "rope_scaling": {"type": "yarn", "factor": 4.0}},
+    "phi3_of_few_factors": LLAMA
+    | {"model_type": "phi3", "rope_scaling": {"type": "su", "short_factor": [1.0], "long_factor": [1.0]}},
+    "phi3_linear": LLAMA | {"model_type": "phi3", "rope_scaling": {"type": "linear", "factor": 4.0}},
     "gemma2": LLAMA
     | {"model_type": "gemma2", "hidden_activation": "gelu", "attention_bias": True, "sliding_window": None}
     | {"final_logit_softcapping": -1, "query_pre_attn_scalar": 0, "layer_types": ["full_attention", "chunked"]},
@@ -77,6 +80,15 @@ MISTAKES: dict[str, dict[str, Any]] = {
     }
     | {"quantization_config": {"quant_method": "fp8"}, "sliding_window": 0},
     "gpt_oss_of_few_layers": LLAMA | {"model_type": "gpt_oss", "layer_types": ["full_attention"]},
+    "olmo3": LLAMA
+    | {"model_type": "olmo3", "attention_bias": True, "layer_types": ["chunked"], "rope_theta": 77.0}
+    | {
+        "rope_parameters": {
+            "full_attention": {"rope_type": "yarn", "factor": 4.0, "truncate": False},
+            "sliding_attention": {"rope_type": "yarn", "rope_theta": -1.0},
+            "chunked_attention": {},
+        }
+    },
     "llama_in_mxfp4": LLAMA | {"quantization_config": {"quant_method": "mxfp4"}},
     "yarn": LLAMA
     | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "truncate": "no", "beta_fast": -1, "mscale": "1"}},
@@ -90,7 +102,7 @@ MISTAKES: dict[str, dict[str, Any]] = {
     "architecture": {"model_type": "olmoe"},
     "architecture_misspelt": LLAMA | {"model_type": "lama"},
     "no_architecture": {},
-    "rope_type": LLAMA | {"rope_scaling": {"rope_type": "longrope", "factor": 4.0}},
+    "rope_type": LLAMA | {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}},
     "quantised": LLAMA | {"quantization_config": {"quant_method": "gptq", "bits": 4}},
     "everything_at_once": {"model_type": "llama", "hidden_act": "gelu", "attention_bias": True, "hidden_size": "16"}
     | {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}, "quantization_config": {"bits": 4}},

@@ -22,7 +22,20 @@ from .hub import CASES, EXPERT_MESHES, GOLDEN, MODELS, shapes_of, wrong_by
 
 TOLERANCE = 2e-4
 PIPED = "tensor=2,pipe=2"
-LATER = ("gpt_oss", "deepseek_v2", "deepseek_v2_lite", "dots1", "granite", "olmo2", "smollm3", "phi3", "gemma2")
+LATER = (
+    "phi4_mini",
+    "phi3_short",
+    "gpt_oss",
+    "olmo3",
+    "deepseek_v2",
+    "deepseek_v2_lite",
+    "dots1",
+    "granite",
+    "olmo2",
+    "smollm3",
+    "phi3",
+    "gemma2",
+)
 QUICK = [(name, "tensor=2") for name in MODELS if name not in LATER] + [
     ("llama3", PIPED),
     ("gpt2", PIPED),

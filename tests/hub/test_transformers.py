@@ -127,6 +127,24 @@ def test_frequencies_are_those_of_transformers(kind: str, name: str) -> None:
     assert rope_magnitude(config) == magnitude
 
 
+@pytest.mark.parametrize("num_tokens", [4096, 4097])
+@pytest.mark.parametrize("factor", [{}, {"factor": 8.0}, {"attention_factor": 1.3}])
+def test_frequencies_by_length_are_those_of_transformers(factor: dict[str, float], num_tokens: int) -> None:
+    from transformers import AutoConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    values = {"hidden_size": 64, "num_attention_heads": 4, "max_position_embeddings": 131_072, "pad_token_id": 0}
+    values |= {"vocab_size": 64, "num_hidden_layers": 1, "intermediate_size": 64, "num_key_value_heads": 4}
+    factors = np.linspace(1, 60, 6).tolist()
+    scaling = {"rope_type": "longrope", "short_factor": [1.0] * 6, "long_factor": factors, "rope_theta": 1e4}
+    scaling |= factor | {"partial_rotary_factor": 0.75}
+    config = hub_model({"model_type": "phi3", **values, "rope_parameters": scaling}).config
+    theirs = AutoConfig.for_model("phi3", **values, rope_parameters=dict(scaling))
+    frequencies, magnitude = ROPE_INIT_FUNCTIONS["longrope"](theirs, "cpu", seq_len=num_tokens)
+    np.testing.assert_allclose(rope_frequencies(config, num_tokens=num_tokens), frequencies.numpy(), rtol=1e-6)
+    assert rope_magnitude(config) == magnitude
+
+
 TEXTS = ("AB", "", "A!", "!")
 SAID: dict[str, dict[str, Any]] = {
     "tokenizer_config alone": {"special_tokens_map.json": {}},

@@ -68,6 +68,9 @@ def rope_angles(config: ModelConfig, num_tokens: int) -> jax.Array:
             smooth = (config.rope_original_tokens / wavelength - low) / (high - low)
             mixed = smooth * frequency + (1 - smooth) * scaled
             scaled = frequency if wavelength < short else scaled if wavelength > long else mixed
+        if config.rope_scaling == "longrope":
+            is_long = num_tokens > config.rope_original_tokens
+            scaled = frequency / (config.rope_long_factors if is_long else config.rope_short_factors)[i]
         frequencies.append(scaled)
     return jnp.arange(num_tokens)[:, None] * jnp.asarray(frequencies)[None]
 
@@ -76,6 +79,8 @@ def rotate(config: ModelConfig, x: jax.Array) -> jax.Array:
     """x[B, T, N, H], each pair (i, i + H/2) as a complex number turned by its angle."""
     half = config.head_size // 2
     turned = (x[..., :half] + 1j * x[..., half:]) * jnp.exp(1j * rope_angles(config, x.shape[1]))[None, :, None]
+    if config.rope_scaling == "longrope":
+        turned *= np.sqrt(1 + np.log(config.rope_factor) / np.log(config.rope_original_tokens))
     return jnp.concatenate([turned.real, turned.imag], axis=-1)
 
 

@@ -46,6 +46,8 @@ BY_LAYER |= {"window_rope_theta": 100.0, "attention_softcap": 1.5, "logit_softca
 BY_LAYER |= {"embedding_scale": 2.0, "residual_scale": 0.5, "attention_scale": 0.4, "logit_scale": 0.5}
 SINKS: dict[str, Any] = {"attention_sinks": "on", "mlp": "clamped_swiglu", "bias": "on", "router_bias": "trained"}
 SINKS |= {"attention_pattern": ("window", "full"), "attention_window": 6, "shared_size": 0}
+LONGROPE: dict[str, Any] = {"rope_scaling": "longrope", "rope_factor": 3.0, "rope_original_tokens": 8}
+LONGROPE |= {"rope_short_factors": (1.0, 1.5), "rope_long_factors": (2.0, 6.0)}
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt": ("gpt", {}),
     "llama": ("llama", {}),
@@ -58,6 +60,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "experts": ("experts", {}),
     "experts_in_rounds": ("experts", {}),
     "sinks": ("experts", SINKS),
+    "longrope": ("llama", LONGROPE),
     "dense_and_experts": ("dense_and_experts", {}),
     "latents": ("latents", {}),
     "latents_with_window": ("latents", {"query_latent_size": 0, "attention_window": 6, **YARN}),

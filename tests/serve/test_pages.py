@@ -36,6 +36,14 @@ def test_the_last_token_of_a_prompt_is_always_read() -> None:
     assert pool.num_shared((*prompt, 5)) == 4
 
 
+def test_long_sequences_share_pages_with_long_ones_alone() -> None:
+    pool, prompt = PagePool(num_pages=9, page=PAGE, long_from=6), (1, 2, 3, 4, 5)
+    for num_tokens in (6, 7):
+        assert pool.num_shared(prompt, num_tokens=num_tokens) == 0
+        read(pool, pool.take(prompt, num_tokens=num_tokens), prompt)
+        assert pool.num_shared(prompt, num_tokens=num_tokens) == 4
+
+
 def test_what_was_not_read_is_not_shared_as_read() -> None:
     pool, prompt = PagePool(num_pages=NUM_PAGES, page=PAGE), (1, 2, 3, 4, 5)
     first = pool.take(prompt, num_tokens=5)

@@ -1,10 +1,10 @@
 """Describe the text of Gemma 3: norms of query and key heads, and another base of rotary positions in windowed layers.
 
-transformers 5 writes `rope_parameters` for each kind of layer; version 4 wrote `rope_theta` and `rope_scaling` of those
-with full attention, and `rope_local_base_freq` of those with windows.
+Rotary positions are read by `rope_tables.py`; version 4 of transformers wrote the base of layers with windows as
+`rope_local_base_freq`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from ....layers import ModelConfig
@@ -13,7 +13,6 @@ from ....meshes.errors import shown
 from ..architecture import Values
 from ..llama_family import LlamaFamily
 from ..numbers import check_positive
-from ..rope import write_rope
 from .gemma import (
     ACTIVATION,
     HEAD_SIZE,
@@ -25,27 +24,15 @@ from .gemma import (
     refuse_gemma,
     write_gemma,
 )
-from .layer_kinds import refuse_short_lists
+from .layer_kinds import WINDOWED, refuse_short_lists
+from .rope_tables import find_scaled_windows, full_rope_keys, refuse_tables, table_of, write_tables
 
 _LOCAL, _LOCAL_THETA, _EVERY = "rope_local_base_freq", 1e4, 6
 _NO_CAPS = {"attention_softcap": 0.0, "logit_softcap": 0.0}
 
 
-def _table_of(values: Values, kind: str) -> Mapping[str, Any]:
-    """Return the rotary settings of a kind of layers in the form of transformers 5; empty where there are none."""
-    tables = values.get("rope_parameters") or {}
-    return tables.get(kind) or {}
-
-
-def _rope_keys(values: Values) -> Values:
-    """Return the keys with the settings of layers with full attention alone."""
-    # As in transformers 5: rope_scaling is put over those of version 5.
-    own = {**_table_of(values, "full_attention"), **(values.get("rope_scaling") or {})}
-    return {key: value for key, value in values.items() if key != "rope_scaling"} | {"rope_parameters": own}
-
-
 def _local_theta(values: Values) -> Any:
-    return _table_of(values, "sliding_attention").get("rope_theta", values.get(_LOCAL, _LOCAL_THETA))
+    return table_of(values, WINDOWED).get("rope_theta", values.get(_LOCAL, _LOCAL_THETA))
 
 
 def _read(values: Values) -> dict[str, Any]:
@@ -55,24 +42,13 @@ def _read(values: Values) -> dict[str, Any]:
 
 
 def _write(config: ModelConfig) -> dict[str, Any]:
-    local = config.window_rope_theta or config.rope_theta
-    tables = {
-        "full_attention": write_rope(config)["rope_parameters"],
-        "sliding_attention": {"rope_type": "default", "rope_theta": local},
-    }
-    return write_gemma(config) | {"rope_parameters": tables, _LOCAL: local}
+    return write_gemma(config) | write_tables(config) | {_LOCAL: config.window_rope_theta or config.rope_theta}
 
 
 def _refuse(values: Values) -> Iterator[str]:
     yield from refuse_gemma(values)
     yield from check_positive(_LOCAL, _local_theta(values))
-    tables = values.get("rope_parameters") or {}
-    for kind in tables:
-        if kind not in ("full_attention", "sliding_attention"):
-            yield f"rope_parameters with {shown(kind)}; only tables of full_attention and sliding_attention are"
-    local = _table_of(values, "sliding_attention")
-    if (kind := local.get("rope_type", local.get("type", "default"))) != "default":
-        yield f"rope type {shown(kind)} of sliding_attention; only 'default' is"
+    yield from refuse_tables(values)
     every = values.get("sliding_window_pattern", _EVERY)
     if type(every) is not int or every < 1:
         yield f"sliding_window_pattern={shown(every)} is no whole number from 1 on"
@@ -80,8 +56,7 @@ def _refuse(values: Values) -> Iterator[str]:
 
 def _find_unsupported(config: ModelConfig) -> Iterator[str]:
     yield from find_unsupported(config)
-    if config.attention_window and not config.window_rope_theta and config.rope_scaling != "none":
-        yield f"model.rope_scaling={config.rope_scaling!r} in layers with windows, not 'none'"
+    yield from find_scaled_windows(config)
 
 
 GEMMA3 = LlamaFamily(
@@ -95,7 +70,7 @@ GEMMA3 = LlamaFamily(
     tensors=list_tensors(),
     supported=SUPPORTED | {"qk_norm": ("on",)},
     options=(*OPTIONS, "window_rope_theta"),
-    rope_keys=_rope_keys,
+    rope_keys=full_rope_keys,
     read_more=_read,
     write_more=_write,
     refuse_more=_refuse,

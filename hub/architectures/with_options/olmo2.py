@@ -16,7 +16,8 @@ def _list_tensors() -> TensorNames:
     return replace(LLAMA_TENSORS, places={**places, **own})
 
 
-def _refuse(values: Values) -> Iterator[str]:
+def refuse_bias(values: Values) -> Iterator[str]:
+    """Yield a line for biases of attention."""
     # transformers gives biases to all four projections, and none to the MLP.
     if values.get("attention_bias"):
         yield f"attention_bias=true; {BIASES}"
@@ -30,6 +31,6 @@ OLMO2 = LlamaFamily(
     tensors=_list_tensors(),
     supported={"norm_place": ("after",), "qk_norm": ("whole",)},
     read_more=lambda _values: {"norm_place": "after", "qk_norm": "whole"},
-    refuse_more=_refuse,
+    refuse_more=refuse_bias,
 )
 """OLMo 2 (OLMo Team, 2025, arXiv:2501.00656, section 3)."""

@@ -11,5 +11,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gemma": {"norm_place": "both", "qk_norm": "on", "norm": "rmsnorm1p", "mlp": "geglu"},
     "sinks": {"attention_sinks": "on", "mlp": "clamped_swiglu", "bias": "on"}
     | {"attention_pattern": ("window", "full"), "attention_window": 5},
+    "longrope": {"rope_scaling": "longrope", "rope_factor": 4.0, "rope_original_tokens": 11, "head_size": 8}
+    | {"rope_short_factors": (1.0, 1.1, 1.3, 1.5), "rope_long_factors": (1.2, 2.0, 4.0, 5.0)},
     "norm1p of all heads": {"qk_norm": "whole", "norm": "rmsnorm1p"},
 }

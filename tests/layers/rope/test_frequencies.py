@@ -1,11 +1,13 @@
-"""YaRN's frequencies are those of the paper; tests/hub compares them with transformers."""
+"""Frequencies of YaRN and LongRoPE are those of the papers; tests/hub compares them with transformers."""
 
 import math
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from trellax.layers import ModelConfig
+from trellax.layers.rope.by_length import frequencies_by_length
 from trellax.layers.rope.frequencies import rope_frequencies
 from trellax.layers.rope.magnitude import rope_magnitude
 from trellax.meshes import ModelError
@@ -41,6 +43,38 @@ def test_rotated_features_are_longer_under_yarn() -> None:
     assert rope_magnitude(small_config("llama")) == 1
     assert rope_magnitude(yarn()) == 0.1 * math.log(40) + 1
     assert rope_magnitude(yarn(rope_attention_factor=1.5)) == 1.5
+
+
+LONGROPE: dict[str, Any] = {"rope_scaling": "longrope", "rope_factor": 32.0, "rope_original_tokens": 4096}
+LONGROPE |= {"rope_short_factors": (1.0, 1.5), "rope_long_factors": (2.0, 30.0)}
+
+
+def test_longrope_chooses_by_the_length_of_the_sequence() -> None:
+    plain, config = rope_frequencies(small_config("llama")), small_config("llama", **LONGROPE)
+    for num_tokens, factors in ((4096, (1.0, 1.5)), (4097, (2.0, 30.0))):
+        np.testing.assert_allclose(rope_frequencies(config, num_tokens=num_tokens), plain / factors, rtol=1e-6)
+    found = frequencies_by_length(config, jnp.asarray([5000, 4096, 4097]))
+    np.testing.assert_allclose(found, plain / np.array([(2.0, 30.0), (1.0, 1.5), (2.0, 30.0)]), rtol=1e-6)
+    assert frequencies_by_length(small_config("llama"), 4097) is None
+    assert rope_magnitude(config) == math.sqrt(1 + math.log(32) / math.log(4096))
+    assert rope_magnitude(small_config("llama", **LONGROPE | {"rope_factor": 1.0})) == 1
+    assert rope_magnitude(small_config("llama", **LONGROPE, rope_attention_factor=1.5)) == 1.5
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"rope_long_factors": (2.0,)}, "rope_long_factors has 1 factors.* each of 2 frequencies"),
+        ({"rope_short_factors": (0.0, 1.0)}, "rope_short_factors has 2 factors.*above 0"),
+        ({"rope_original_tokens": 0}, "rope_original_tokens=0: rope_scaling='longrope'"),
+        ({"attention_pattern": ("full",)}, "attention_pattern=.'full',. with rope_scaling='longrope'"),
+        ({"rope_mscale_all": 1.0}, "rope_mscale_all=1.0 is for YaRN"),
+        ({"rope_scaling": "linear"}, "rope_short_factors=.* is for LongRoPE"),
+    ],
+)
+def test_contradictions_of_longrope_are_refused(changes: dict[str, Any], match: str) -> None:
+    with pytest.raises(ModelError, match=match):
+        small_config("llama", **LONGROPE | changes)
 
 
 @pytest.mark.parametrize(
