@@ -48,12 +48,16 @@ def attend_in_context(
     if set(context) <= set(rules.axes("attention_heads")):
         more = {"segments_Bt": segments_BT, "is_windowed": is_windowed, "sinks_N": sinks_N}
         return attend_exchanged(q_BTNH, k_BTKH, v_BTKH, config=config, axes=context, **more)
+    how = _choose_how(config, rules, has_documents=segments_BT is not None)
+    return attend_gathered(q_BTNH, k_BTKH, v_BTKH, Limits(segments_BT, is_windowed, sinks_N), how)
+
+
+def _choose_how(config: ModelConfig, rules: ShardingRules, *, has_documents: bool) -> How:
     # cuDNN's kernel has no mask between two chunks but the causal one.
-    is_plain = segments_BT is not None or config.attention_window or choose_kernel(config) == "xla"
-    how = How(
+    is_plain = has_documents or config.attention_window or choose_kernel(config) == "xla"
+    return How(
         window=config.attention_window,
-        axes=context,
+        axes=manual_axes(rules.axes("tokens")),
         kernel=PlainKernel(config.attention_softcap) if is_plain else FusedKernel(),
         kept="own" if rules.axes("kept_keys") else "all",
     )
-    return attend_gathered(q_BTNH, k_BTKH, v_BTKH, Limits(segments_BT, is_windowed, sinks_N), how)
