@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ...hub.chat.template import TEMPLATE, load_chat_template
+from ...hub.chat.template import TEMPLATE, ChatTemplate, load_chat_template
 from ...meshes import MeshSpec, ServeError, TrellaxError
 from ...serve import Engine
 from ..engine import apply_dtype, check_served, describe_engine, load_params, open_guesser, open_mesh, open_served
@@ -35,14 +35,8 @@ def run_chat(args: argparse.Namespace, messages: list[str]) -> int:
     """
     spec, source = open_served(args)
     source = replace(source, config=apply_dtype(source.config, args))
-    template = load_chat_template(args.folder, file=args.chat_template)
-    if template is None:
-        raise ServeError(
-            f"the model {Path(args.folder).resolve().name} has no chat template, so messages are no prompt for it.",
-            fix=f"give --chat-template FILE, put {TEMPLATE} into the folder, or leave --chat out.",
-        )
     sizes = _engine_sizes(args, spec, most=source.config.max_tokens)
-    conversation = Conversation(args, source, template, sizes["max_tokens"])
+    conversation = Conversation(args, source, _read_template(args), sizes["max_tokens"])
     sizes["max_stops"] = conversation.num_stops
     check_served(source.config, spec, sizes)
     is_typed = not messages and sys.stdin is not None and sys.stdin.isatty()
@@ -64,6 +58,16 @@ def run_chat(args: argparse.Namespace, messages: list[str]) -> int:
     for message in messages:
         _show(engine, conversation, message, is_json=args.json)
     return 0
+
+
+def _read_template(args: argparse.Namespace) -> ChatTemplate:
+    template = load_chat_template(args.folder, file=args.chat_template)
+    if template is None:
+        raise ServeError(
+            f"the model {Path(args.folder).resolve().name} has no chat template, so messages are no prompt for it.",
+            fix=f"give --chat-template FILE, put {TEMPLATE} into the folder, or leave --chat out.",
+        )
+    return template
 
 
 def _engine_sizes(args: argparse.Namespace, spec: MeshSpec, *, most: int) -> dict[str, Any]:

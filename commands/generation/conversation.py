@@ -13,7 +13,7 @@ from ...hub.chat.template import ChatTemplate
 from ...hub.model_folder import ModelSource
 from ...meshes import ServeError
 from ...meshes.errors import shown
-from ...serve import Engine, Request, ServedSequence
+from ...serve import Engine, Request, ServedSequence, check_request
 from ...serve.state import MAX_STOPS
 from .answer_text import AnswerText, is_text, read_stops
 from .constraint import check_constraint, read_constraint
@@ -95,9 +95,10 @@ class Conversation:
         Raises:
             ServeError: the template refuses it, or the conversation would be too long.
         """
-        check_constraint(self._constraint, self._source.config, self._source.tokenizer)
-        for message in messages[:1]:
-            self._make_request(message)
+        config, sizes = self._source.config, {"max_tokens": self._max_tokens, "max_stops": self.num_stops}
+        check_constraint(self._constraint, config, self._source.tokenizer)
+        # Before a message is typed, one token stands for it: settings are checked all the same.
+        check_request(self._make_request(messages[0]) if messages else self._request_of((0,)), config, **sizes)
 
     def begin(self, engine: Engine, message: str) -> Answer:
         """Submit a message, and return its answer.
@@ -119,14 +120,16 @@ class Conversation:
             raise ServeError(f"{shown(message)} is not UTF-8 text.", fix="convert it, or check the locale.")
         text = self._template.render([*self._messages, *_turn(message)])
         # The template writes the special tokens itself.
-        prompt: Sequence[int] = self._source.tokenizer.encode(text)
+        return self._request_of(self._source.tokenizer.encode(text))
+
+    def _request_of(self, prompt: Sequence[int]) -> Request:
         room = self._max_tokens - len(prompt)
         if room < 1:
             raise ServeError(
                 f"the conversation has {len(prompt)} tokens, which leaves no room for an answer in {self._max_tokens}.",
                 fix="begin anew with /new, or give a larger --max-tokens, up to what the model reads.",
             )
-        most = min(self._args.max_new_tokens or room, room)
+        most = room if self._args.max_new_tokens is None else min(self._args.max_new_tokens, room)
         given: dict[str, Any] = {"source": self._source, "stops": self._stops, "index": self._num_answers}
         given["constraint"] = self._constraint
         return make_request(prompt, self._args, max_new_tokens=most, **given)
