@@ -1,5 +1,6 @@
 """`trellax serve` as a process: what it prints, how it ends, and mistakes before weights are read."""
 
+import argparse
 import http.client
 import importlib.util
 import json
@@ -16,7 +17,9 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from trellax.commands.arguments.serve import add_serve_arguments
 from trellax.commands.cli import main
+from trellax.commands.serve import collect_serve_settings
 from trellax.configs import load_config
 from trellax.hub.saves.reader import SaveReader
 from trellax.meshes import MeshSpec, build_mesh
@@ -146,3 +149,27 @@ def test_missing_extra_is_named(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert main(["serve", str(run_folder)]) == 2
     assert "pip install 'trellax[serve]'" in capsys.readouterr().err
+
+
+def test_processes_compare_the_files_of_all_models_that_they_load(tmp_path: Path) -> None:
+    """Those of a draft model, and of what adapters adapt; a path may differ where the files are the same."""
+    for name in ("model", "base", "adapters", "draft", "same", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").write_text("other" if name == "other" else "some")
+    peft = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "peft_type": "LORA", "task_type": "CAUSAL_LM"}
+    (tmp_path / "adapters" / "adapter_config.json").write_text(
+        json.dumps(peft | {"base_model_name_or_path": str(tmp_path / "base")})
+    )
+
+    def facts(folder: str, *words: str) -> dict[str, str]:
+        parser = argparse.ArgumentParser()
+        add_serve_arguments(parser)
+        return collect_serve_settings(parser.parse_args([str(tmp_path / folder), *words]))
+
+    drafts = [facts("model", "--speculate", str(tmp_path / name)) for name in ("draft", "same", "other")]
+    assert drafts[0] == drafts[1]
+    assert {name for name in drafts[0] if drafts[0][name] != drafts[2][name]} == {"draft model"}
+    assert {name for name, said in facts("model").items() if said != drafts[0][name]} == {"--speculate", "draft model"}
+    before = facts("adapters")
+    (tmp_path / "base" / "weights").write_text("others")
+    assert {name for name, said in facts("adapters").items() if said != before[name]} == {"model"}

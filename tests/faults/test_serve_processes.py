@@ -1,5 +1,6 @@
 """A server of several processes on one machine: the answers of one process, and a lost process ends all by name."""
 
+import importlib.util
 import json
 import signal
 import socket
@@ -23,6 +24,10 @@ ASKED = [
     {"prompt": [[5, 6], [1, 2, 3, 4]], "max_tokens": 9, "temperature": 0.5, "seed": 1, "presence_penalty": 1.5},
     {"prompt": [9, 8], "max_tokens": 6, "temperature": 0, "logprobs": 2, "logit_bias": {"65": 4}},
 ]
+if importlib.util.find_spec("llguidance"):
+    ASKED.append(
+        {"prompt": [4, 2], "max_tokens": 20, "temperature": 1, "seed": 5, "guided_regex": "[a-f]{3,8}", "n": 2}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +95,8 @@ def test_answers_are_those_of_one_process_and_a_lost_one_ends_all(
     name = f"process {count - 1} of {count} "
     assert codes == [LOST] * (count - 1)
     assert all(name in child.said() for child in served[:-1])
+    assert all("start the server again" in child.said() for child in served[:-1])
+    assert not any("saved" in child.said() for child in served[:-1])
     assert answers[0][0] == 503
     assert name in answers[0][1]
 
