@@ -3,13 +3,15 @@
 What crosses tensor and pipe is bfloat16 too: each device's part of a sum is rounded before it is added.
 """
 
+from dataclasses import replace
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
+from trellax.layers.context.choice import Way
 from trellax.schedules import Vocab
 
-from .law import Answer, answer_of, one_device, pipeline_step, relative_distances, small_model
+from .law import Answer, OnOff, answer_of, one_device, pipeline_step, relative_distances, small_model
 
 NUM_SEQUENCES = 16
 
@@ -51,8 +53,30 @@ def test_step_in_bfloat16_equals_one_device(mesh: str, schedule: str, style: str
     config = small_model(style=style, dtype="bfloat16")
     sizes = {"num_microbatches": 4, "num_sequences": NUM_SEQUENCES}
     ours = answer_of(pipeline_step(config, mesh=mesh, schedule=schedule, vocab=vocab, **sizes))
-    low, high = reference(style, "bfloat16"), reference(style, "float32")
+    check(ours, reference(style, "bfloat16"), reference(style, "float32"))
+
+
+def check(ours: Answer, low: Answer, high: Answer) -> None:
+    """Assert that a step is within the band of one device in bfloat16, and nearly as near to one in float32."""
     found = relative_distances(ours, low)
     assert {name: error for name, error in found.items() if not error <= BAND.get(name, BAND["gradients"])} == {}
     of_one_device = worst_gradient(relative_distances(low, high))
     assert worst_gradient(relative_distances(ours, high)) <= FURTHER * of_one_device
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mesh", "schedule", "context", "sequence"),
+    [
+        ("context=2,tensor=2,pipe=2", "1f1b", "gather", "on"),
+        ("context=4,pipe=2", "zb-h1", "gather-once", "off"),
+        ("context=4,pipe=2", "zb-h1", "ulysses", "off"),
+    ],
+)
+def test_context_in_bfloat16_equals_one_device(mesh: str, schedule: str, context: Way, sequence: OnOff) -> None:
+    """Outputs of pairs of chunks are merged in float32, gradients of keys are summed over ranks in bfloat16."""
+    config = small_model(style="llama", attention="gqa", dtype="bfloat16")
+    how: dict[str, Any] = {"mesh": mesh, "schedule": schedule, "context": context, "sequence": sequence}
+    ours = answer_of(pipeline_step(config, num_microbatches=4, num_sequences=NUM_SEQUENCES, **how))
+    low, high = (one_device(replace(config, dtype=dtype), NUM_SEQUENCES) for dtype in ("bfloat16", "float32"))
+    check(ours, low, high)

@@ -9,7 +9,7 @@ from trellax.layers import ModelConfig, model_rules
 from trellax.meshes import ModelError, ShardingRules
 
 from .law import answer_of, broken, one_device, pipeline_step, relative_distances, small_model
-from .test_bfloat16 import BAND
+from .test_bfloat16 import BAND, check
 
 TOLERANCE = 2e-5  # as in test_law.py, for the same reason
 
@@ -137,6 +137,23 @@ def test_experts_in_bfloat16_are_near_one_device_in_bfloat16() -> None:
     step = {"mesh": "expert=2,tensor=2,pipe=2", "schedule": "1f1b", "num_microbatches": 2, "num_sequences": 16}
     found = relative_distances(answer_of(pipeline_step(config, sequence="on", **step)), one_device(config, 16))
     assert found["loss"] <= BAND["loss"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "step",
+    [
+        {"mesh": "expert=2,tensor=2,pipe=2", "schedule": "1f1b", "sequence": "on"},
+        {"mesh": "data=2,expert=4", "schedule": "1f1b", "shard": "layer"},
+    ],
+    ids=str,
+)
+def test_gradients_of_experts_in_bfloat16_are_near_one_device_in_bfloat16(step: dict[str, Any]) -> None:
+    """Every token goes to all experts, so rounding chooses no other: what is sent and summed is compared."""
+    config = replace(experts(dtype="bfloat16", capacity=0.6), experts_per_token=8)
+    ours = answer_of(pipeline_step(config, num_microbatches=2, num_sequences=16, **step))
+    low, high = (one_device(replace(config, dtype=dtype), 16) for dtype in ("bfloat16", "float32"))
+    check(ours, low, high)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ and output as the forward made them.
 """
 
 import json
+import re
 import subprocess
 import sys
 from functools import partial
@@ -23,6 +24,7 @@ from trellax.layers.context.gathered import How, attend_gathered
 from trellax.layers.context.places import order_chunks
 from trellax.meshes import ModelError
 
+from ...programs.test_cuda import clean_env, inspect
 from ..sharded import differing, mesh_of, normal
 from .test_flash import on_devices
 
@@ -156,8 +158,18 @@ assert found == text_of(theirs)
 @pytest.mark.cuda
 @pytest.mark.parametrize("window", [0, 100])
 def test_the_call_is_what_jax_makes_of_sizes_that_both_run(window: int) -> None:
-    from ...programs.test_cuda import clean_env
-
     command = [sys.executable, "-c", LOWER.format(window=window)]
     done = subprocess.run(command, cwd=ROOT, env=clean_env(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.cuda
+def test_a_step_with_latents_runs_it_over_context(tmp_path: Path) -> None:
+    sizes = "--model.num_heads 2 --model.num_kv_heads 2 --model.head_size 192 --model.value_head_size 128"
+    sizes += " --model.latent_size 64 --model.rope_head_size 64 --model.positions rotary --model.bias off"
+    tokens = "--model.dtype bfloat16 --model.max_tokens 1024 --data.seq_len 1024 --train.batch_size 8"
+    mesh = "--mesh.data 1 --mesh.context 2 --mesh.tensor 2 --mesh.pipe 1 --pipeline.context_attention gather-once"
+    inspect(f"quickstart h200:4 {mesh} {sizes} {tokens} --pipeline.microbatches 2", hlo=str(tmp_path / "step.hlo"))
+    calls = re.findall(r'custom_call_target="__cudnn\$fmha(\w+)"', (tmp_path / "step.hlo").read_text())
+    # On the diagonal, and in the loop over the other pairs of chunks.
+    assert sorted(calls) == ["Softmax", "Softmax", "SoftmaxBackward", "SoftmaxBackward"]
