@@ -11,6 +11,7 @@ Operators that Jinja does not let one intercept become filters, by rewriting the
 import functools
 import json
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -194,10 +195,16 @@ def _spend(made: Any) -> Any:
 
 @pass_context  # so that Jinja does not apply it while it compiles
 def _out(_context: Any, value: Any) -> str:
+    room = current()
     if not isinstance(value, str):
-        current().require(8 * whole_bytes(value))
+        room.require(8 * whole_bytes(value))
         value = str(value)
-    return _spend(value)
+    # By hand as `_spend` does: most of a template's time is here, and each call of a function is traced.
+    size = sys.getsizeof(value)
+    if size > room.left:
+        room.require(size)
+    room.left -= size
+    return value
 
 
 @pass_context
