@@ -18,7 +18,7 @@ from .zygote import Child, Zygote
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-ASKED = [
+ASKED: list[dict[str, Any]] = [
     {"prompt": [1, 2, 3], "max_tokens": 12, "temperature": 0},
     {"prompt": [7] * 9, "max_tokens": 20, "temperature": 0.9, "seed": 3, "n": 3},
     {"prompt": [[5, 6], [1, 2, 3, 4]], "max_tokens": 9, "temperature": 0.5, "seed": 1, "presence_penalty": 1.5},
