@@ -132,6 +132,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "train.evaluate": {"folder": "mine"},
     "train.evaluate_files": {"folder": "mine", "files": ()},
     "train.load_corpus": {"data": None},
+    "serve.Constraint": {"kind": "regex", "text": "[0-9]+"},
     "serve.Speculation": {},
     "serve.param_shapes": {"config": MODEL, "mesh": MESH},
     "serve.quantize_params": {"params": None, "config": MODEL, "mesh": MESH, "weights": "int8"},

@@ -19,7 +19,6 @@ qwix has the same codes as uint4, a type that numpy does not know as one of inte
 every count of bytes would take a number for a byte. So the codes are packed here; a test compares them with qwix's.
 """
 
-import math
 from itertools import pairwise
 from typing import Any
 
@@ -28,13 +27,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from ...meshes import ModelError
-
-BLOCK = 64
-"""Numbers that share a scale; fewer if the hidden size is no multiple of it."""
-
-LEAST_BLOCK = 4
-"""Fewest numbers of a block; it tells the dimension of blocks from the other one."""
+from .base import block_size
 
 _CODES = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
@@ -42,15 +35,6 @@ _CODES = (
     *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
     *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
-
-
-def block_size(num_features: int) -> int:
-    """Return how many numbers share a scale where kernels have so many features along their blocks.
-
-    >>> block_size(4096), block_size(80)
-    (64, 16)
-    """
-    return math.gcd(num_features, BLOCK)
 
 
 def is_nf4(kernel: Any) -> bool:
@@ -110,34 +94,6 @@ def hold_nf4(layer: Any) -> None:
     metadata = dict(layer.kernel.get_metadata())
     values, scale = quantize_nf4(layer.kernel[...], dim=-2 if metadata["out_sharding"][0] == "embed" else -1)
     layer.kernel, layer.kernel_scale = nnx.Param(values, **metadata), nnx.Param(scale, **metadata)
-
-
-def check_base(config: Any) -> None:
-    """Raise unless frozen kernels of a `ModelConfig` can be held as `lora_base` says.
-
-    Raises:
-        ModelError: there are no adapters, or magnitudes, products in eight bits, or blocks that are too small.
-    """
-    if config.lora_base == "plain":
-        return
-    asked = f"lora_base={config.lora_base!r}"
-    if not config.lora_rank:
-        raise ModelError(
-            f"{asked}, but lora_rank=0: only frozen kernels are held in four bits.",
-            fix="set lora_rank=8, say, or lora_base='plain'.",
-        )
-    for name, plain in (("lora_magnitude", "off"), ("matmuls", "plain")):
-        if getattr(config, name) != plain:
-            raise ModelError(
-                f"{asked} with {name}={getattr(config, name)!r}: not for kernels in four bits.",
-                fix=f"set {name}={plain!r}, or lora_base='plain'.",
-            )
-    if block_size(config.hidden_size) < LEAST_BLOCK:
-        raise ModelError(
-            f"{asked} with hidden_size={config.hidden_size}: blocks of {block_size(config.hidden_size)} numbers, and a "
-            f"block has {LEAST_BLOCK} or more.",
-            fix=f"use a hidden size that is a multiple of {LEAST_BLOCK}, or lora_base='plain'.",
-        )
 
 
 def _in_blocks(x: jax.Array, dim: int, block: int) -> jax.Array:

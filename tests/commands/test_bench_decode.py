@@ -82,6 +82,7 @@ def test_bytes_of_a_token_are_weights_and_what_is_cached() -> None:
     mesh = build_mesh(spec, devices=jax.devices()[:1])
     engine = object.__new__(Engine)
     engine.config, engine.mesh, engine.spec, engine.weights = config, mesh, spec, "plain"
+    engine.cache_dtype = "bfloat16"
     engine.sizes = Sizes(slots=4, max_tokens=32, groups=1, num_shards=1, chunk=4, items=1, rounds=1)
     engine.shapes = state_shapes(config, engine.sizes, mesh=mesh, cache_dtype="bfloat16")
     counts = param_counts(config)

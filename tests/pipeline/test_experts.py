@@ -171,7 +171,6 @@ def test_gradients_of_experts_in_bfloat16_are_near_one_device_in_bfloat16(step: 
         ({"router_groups": 0}, "router_groups=0: all experts are one group"),
         ({"router_groups": 8, "router_groups_kept": 1}, "hold fewer than experts_per_token=2"),
         ({"router_groups": 2, "router_groups_kept": 3}, "router_groups_kept=3 of router_groups=2"),
-        ({"bias": "on"}, "experts have no biases"),
     ],
     ids=str,
 )

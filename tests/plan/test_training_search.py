@@ -181,11 +181,12 @@ def test_tensor_speeds_up_one_request_as_the_field_expects(tensor: int, expected
     assert math.isclose(one.latency_s / many.latency_s, expected, rel_tol=0.06)
 
 
-def test_weights_of_70b_are_35_gb_for_tensor_4_and_pipe_4() -> None:
+def test_weights_of_70b_are_35_gb_for_tensor_4_and_for_pipe_4_the_tables_too() -> None:
     question = ServeQuestion(model=LLAMA_70B, topology=read_topology("a100x8"), requests=8)
     tensor, pipe = (price_serving(question, layout).memory for layout in (Layout(tensor=4), Layout(pipe=4)))
-    assert [round(memory.weights / 1e9) for memory in (tensor, pipe)] == [35, 36]
-    assert tensor.kv_cache == pipe.kv_cache
+    assert [round(memory.weights / 1e9) for memory in (tensor, pipe)] == [35, 40]
+    # Stages beside the tables have fewer layers, and every rank has room for the most, 21.
+    assert pipe.kv_cache == tensor.kv_cache * 21 / 20
     assert tensor.activations < pipe.activations
 
 

@@ -93,7 +93,7 @@ def make_run(device: Device, monkeypatch: pytest.MonkeyPatch, *, eval_every: int
     def train(state: Any, batch: object, peak_rate: object) -> tuple[Any, Any]:
         loss = Scalar(device, device.work(STEP_S))
         metrics = SimpleNamespace(
-            loss=loss, grad_norm=loss, lr=loss, taken=loss, router={}, preferences={}, noise={}, block={}
+            loss=loss, grad_norm=loss, lr=loss, taken=loss, z_loss=None, router={}, preferences={}, noise={}, block={}
         )
         return SimpleNamespace(step=state.step + 1), metrics
 
