@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from ...meshes import ModelError
 from ...meshes.errors import suggest
-from .base import check_base
+from .frozen_kernels import check_base
 
 ATTENTION_TARGETS = ("query", "key", "value", "out")
 TARGETS = (*ATTENTION_TARGETS, "gate", "up", "down")

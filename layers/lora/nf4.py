@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from .base import block_size
+from .frozen_kernels import block_size
 
 _CODES = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),

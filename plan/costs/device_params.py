@@ -4,7 +4,7 @@ from typing import Literal
 
 from ...layers import ModelConfig, param_counts
 from ...layers.attention.counts import attention_vectors, attention_weights
-from ...layers.lora.base import block_size
+from ...layers.lora.frozen_kernels import block_size
 from ...layers.own.check_config import has_own_classes
 from ...layers.own.counts import device_sizes
 from ...layers.vocabulary import stored_words
