@@ -40,6 +40,7 @@ def layout_of(config: RunConfig, *, num_devices: int) -> Layout:
         sequences=config.train.batch_size // (mesh.data * pipeline.microbatches),
         remat=pipeline.remat,
         zero=ZERO_STAGES[config.train.shard],
+        gathers="chunk" if config.train.shard == "chunk" else "layer",
         offload=config.train.offload,
         layers_per_stage=None if given == "auto" or mesh.pipe == 1 else given,
         max_in_flight=pipeline.max_in_flight or None,

@@ -173,8 +173,11 @@ def _check_noise_scale(config: RunConfig, mesh: MeshSpec) -> Iterator[TrellaxErr
         problem, fix = f"with {axis} above 1 no device has that of its own sequences", f"{axis}=1"
     elif mesh.data == 1:
         problem, fix = f"{over}=1 has one, that of the batch", f"{over}=2 or more"
-    elif config.train.shard == "layer":
-        problem, fix = "train.shard='layer' sums them over shards layer by layer", "train.shard='step' or 'optimizer'"
+    elif (shard := config.train.shard) in ("chunk", "layer"):
+        problem, fix = (
+            f"train.shard={shard!r} sums them over shards layer by layer",
+            "train.shard='step' or 'optimizer'",
+        )
     elif mesh.pipe > 1 and config.pipeline.vocab == "ends":
         problem = "pipeline.vocab='ends' sums those of embedding and head over pipeline ranks and shards at once"
         fix = "pipeline.vocab='split'"

@@ -141,8 +141,8 @@ class TrainSection(Section):
     )
     shard: Shard = Field(
         "none",
-        description="what data shards split: none, the optimizer (ZeRO-1), or weights too, gathered once a step or by "
-        "each layer",
+        description="what data shards split: none, the optimizer (ZeRO-1), or weights too, gathered once a step, for "
+        "each run of a chunk, or by each layer",
     )
     offload: Offload = Field(
         "none",

@@ -27,8 +27,9 @@ SequenceParallel = Literal["auto", "on", "off"]
 """Whether activations between layers are split by tokens over the tensor axes; "auto" is on where they divide."""
 
 
-Shard = Literal["none", "optimizer", "step", "layer"]
-"""What is split over data: nothing, the optimizer state, or weights too, gathered once a "step" or by every "layer"."""
+Shard = Literal["none", "optimizer", "step", "chunk", "layer"]
+"""What is split over data: nothing, the optimizer state, or weights too, gathered once a "step", once for each run of
+actions of a "chunk", or by every "layer" in every action."""
 
 SHARDS: tuple[Shard, ...] = get_args(Shard)
 

@@ -174,6 +174,7 @@ def _on_mesh(question: TrainQuestion, layout: Layout, mesh: MeshSpec) -> Iterato
             sequences=sequences,
             remat=layout.remat,
             zero=layout.zero if mesh.data * layout.context > 1 else 0,
+            gathers=layout.gathers,
             max_in_flight=layout.max_in_flight if keeps else None,
         )
 

@@ -214,7 +214,7 @@ class Setup:
         own, axes = self.model.params, self.sizes.roles
         sums = jax.tree.map(lambda leaf: leaf.update(sharding=gathered(leaf.sharding, axes)), own)
         # Embedding and head are gathered once in either case.
-        return self.trained(replace(sums, stages=own.stages) if self.config.train.shard == "layer" else sums)
+        return self.trained(replace(sums, stages=own.stages) if self.config.train.shard in ("chunk", "layer") else sums)
 
     @cached_property
     def moment_shardings(self) -> PipelineParams:

@@ -32,7 +32,7 @@ from ...meshes.device_axes import varying_axes
 from ...meshes.device_kind import is_nvidia
 from ...schedules.placement import Link
 from ..lowering.tables import BACKWARD, FORWARD, INPUT_GRAD, NONE, WEIGHT_GRAD, Transfer, Turns
-from .buffers import read, type_like
+from .buffers import read, type_like, write
 from .ends_together import run_first, run_first_back, run_last
 from .host_residuals import finish_copies, start_loading, without_host
 from .layers import backward_layers, forward_layers, input_grad_layers, run_layers, weight_grad_layers
@@ -80,6 +80,7 @@ def _run_action(plan: LoopPlan, state: LoopState, turn: Turns) -> LoopState:
         actions |= {INPUT_GRAD: _input_grad, WEIGHT_GRAD: _weight_grad}
     else:
         actions |= {BACKWARD: backward}
+    state = gather_weights(plan, state, turn)
     for kind, action in actions.items():
         state = jax.lax.cond(turn.compute.kind == kind, partial(run_chunk, action, plan), _keep, state, turn)
     return state
@@ -98,6 +99,22 @@ def run_chunk(action: Action, plan: LoopPlan, state: LoopState, turn: Turns) -> 
         is_its = turn.compute.chunk == chunk
         state = jax.lax.cond(is_its, lambda state, own=own: action(plan, state, own), lambda state: state, state)
     return state
+
+
+def gather_weights(plan: LoopPlan, state: LoopState, turn: Turns) -> LoopState:
+    """Return the state with the whole weights of the turn's chunk in their slot, where the table has it gathered now.
+
+    The ranks of a pipeline gather in turns of their own: all devices of a gather are of the same rank.
+    """
+    if turn.weights is None:
+        return state
+    slot = turn.weights.gather
+
+    @jax.named_scope("gather_chunk")
+    def gather(weights: Any) -> Any:
+        return write(weights, plan.model.gather_chunk(turn.compute.chunk), slot)
+
+    return replace(state, weights=jax.lax.cond(slot != NONE, gather, lambda weights: weights, state.weights))
 
 
 def _end_actions(state: LoopState) -> LoopState:
@@ -132,7 +149,7 @@ def forward(plan: LoopPlan, state: LoopState, turn: Turns) -> LoopState:
     """Run the forward of a turn."""
     given = plan.model.microbatches.read(turn.compute.microbatch)
     x = plan.enter.enter(state, turn, given)
-    y, state = forward_layers(plan.stack(turn), plan.vjps, x, state, given, slot=turn.compute.residuals)
+    y, state = forward_layers(plan.stack(turn, state), plan.vjps, x, state, given, slot=turn.compute.residuals)
     return plan.leave.leave(state, y, turn, given)
 
 
@@ -140,7 +157,7 @@ def forward(plan: LoopPlan, state: LoopState, turn: Turns) -> LoopState:
 def _forward_only(plan: LoopPlan, state: LoopState, turn: Turns) -> LoopState:
     given = plan.model.microbatches.read(turn.compute.microbatch)
     x = plan.enter.enter(state, turn, given)
-    y, sums = run_layers(plan.stack(turn), plan.model.functions.layers, x, state.sums, given)
+    y, sums = run_layers(plan.stack(turn, state), plan.model.functions.layers, x, state.sums, given)
     return plan.leave.leave(replace(state, sums=sums), y, turn, given)
 
 
@@ -149,7 +166,7 @@ def backward(plan: LoopPlan, state: LoopState, turn: Turns, *, dy: list[jax.Arra
     """Run the backward of a turn, of the gradient in its slot, or of dy that was read before."""
     given = plan.model.microbatches.read(turn.compute.microbatch)
     dy = read(state.gradients, turn.gradients.read) if dy is None else dy
-    dx, state = backward_layers(plan.stack(turn), plan.vjps, dy, state, given, slot=turn.compute.residuals)
+    dx, state = backward_layers(plan.stack(turn, state), plan.vjps, dy, state, given, slot=turn.compute.residuals)
     return plan.enter.leave_back(state, dx, turn, given)
 
 
@@ -157,14 +174,14 @@ def backward(plan: LoopPlan, state: LoopState, turn: Turns, *, dy: list[jax.Arra
 def _input_grad(plan: LoopPlan, state: LoopState, turn: Turns) -> LoopState:
     given = plan.model.microbatches.read(turn.compute.microbatch)
     dy = read(state.gradients, turn.gradients.read)
-    dx, state = input_grad_layers(plan.stack(turn), plan.halves, dy, state, given, slot=turn.compute.residuals)
+    dx, state = input_grad_layers(plan.stack(turn, state), plan.halves, dy, state, given, slot=turn.compute.residuals)
     return plan.enter.leave_back(state, dx, turn, given)
 
 
 @jax.named_scope("weight_grad")
 def _weight_grad(plan: LoopPlan, state: LoopState, turn: Turns) -> LoopState:
     given = plan.model.microbatches.read(turn.compute.microbatch)
-    return weight_grad_layers(plan.stack(turn), plan.halves, state, given, slot=turn.compute.residuals)
+    return weight_grad_layers(plan.stack(turn, state), plan.halves, state, given, slot=turn.compute.residuals)
 
 
 def _keep(state: LoopState, _turn: Turns) -> LoopState:

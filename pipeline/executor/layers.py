@@ -42,6 +42,7 @@ class LayerStack:
     gathers: the gather of a layer's parameters by kind, None where this device has them whole.
     kind_of, place_of: kind of each layer and its place among those of its kind, [most layers]; None for a single kind.
     kind_counts: number of layers of each kind where they are sorted by kind, in place of `kind_of` and `place_of`.
+    slot: position of the chunk in `stages`, where these are [slots, k, ...] of chunks that were gathered.
     """
 
     stages: dict[str, Any]
@@ -55,11 +56,17 @@ class LayerStack:
     place_of: Any = None
     kind_counts: dict[str, Index] | None = None
     unroll: Unroll = "off"
+    slot: Index | None = None
 
     def params(self, place: Place) -> Any:
         """Return the (prepared) parameters of one layer, whole over the batch axes."""
-        own, gather = read(self.stages[place.kind], *place.where), self.gathers[place.kind]
+        chunk, gather = place.chunk if self.slot is None else self.slot, self.gathers[place.kind]
+        own = read(self.stages[place.kind], chunk, place.index)
         return own if gather is None else gather.gather(own)
+
+    def with_chunks(self, chunks: dict[str, Any], slot: Index) -> "LayerStack":
+        """Return the layers with parameters that were gathered before, [slots, k, ...] by kind."""
+        return replace(self, stages=chunks, slot=slot, gathers=dict.fromkeys(chunks))
 
     def given(self, given: Given, index: Index, place: Place) -> Given:
         """Return what one layer is given: a microbatch, with the layer's info if any function asks for it."""

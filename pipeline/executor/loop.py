@@ -28,7 +28,7 @@ import numpy as np
 from ..lowering.tables import Steady, Tables, Transfer, Turns, at_rank
 from .buffers import read
 from .ends_together import make_first, make_last, run_first, run_first_back, run_last, take_first_back
-from .execute import backward, forward, run_chunk, run_turn, send
+from .execute import backward, forward, gather_weights, run_chunk, run_turn, send
 from .host_residuals import finish_copies, start_loading, without_host
 from .loop_plan import Bubbles, LoopPlan, plan_loop
 from .loop_state import Grads, LoopState, Sums, Wants, put
@@ -113,7 +113,7 @@ def _run_pair(plan: LoopPlan, steady: Steady, state: LoopState, pair: Pair) -> t
         state = take_first_back(model, state, ahead)
     if steady.ends == "sometimes":
         state = run_first(model, state, ahead)
-    state = run_chunk(forward, plan, state, ahead)
+    state = run_chunk(forward, plan, gather_weights(plan, state, ahead), ahead)
     if ahead.host is not None:
         state, host = without_host(finish_copies(replace(state, host=host), arriving, ahead.host, plan.packings))
     state = replace(state, gradients=_receive(state.gradients, before, gradients))
@@ -126,7 +126,7 @@ def _run_pair(plan: LoopPlan, steady: Steady, state: LoopState, pair: Pair) -> t
         state = make_first(model, state if is_last_late else make_last(model, state, ahead), back)
     if steady.ends == "sometimes":
         state = run_first(model, run_first_back(model, run_last(model, state, ahead), ahead), back)
-    state = run_chunk(partial(backward, dy=dy), plan, state, back)
+    state = run_chunk(partial(backward, dy=dy), plan, gather_weights(plan, state, back), back)
     if steady.ends == "always" and is_last_late:
         state = make_last(model, state, ahead)
     if steady.ends == "sometimes":

@@ -56,11 +56,14 @@ class LoopPlan:
         sums, x = self.model.zero_sums(), self.model.x
         # Every rank allocates as many slots as the rank that needs the most: all ranks run one program.
         activations = self.fill(x, tables.num_activation_slots)
+        slots = tables.num_weight_slots
+        weights = {kind: self.fill(own, slots) for kind, own in self.model.chunk_types.items()} if slots else {}
         if self.wants == "loss":
-            return LoopState(sums=sums, activations=activations)
+            return LoopState(sums=sums, activations=activations, weights=weights)
         return LoopState(
             sums=sums,
             activations=activations,
+            weights=weights,
             gradients=self.fill(floats_of(x), tables.num_gradient_slots),
             residuals={
                 kind: self.fill(own, tables.num_residual_slots, self.model.room(kind))
@@ -83,9 +86,10 @@ class LoopPlan:
         """How residuals travel to the host, by kind."""
         return {kind: Packing(vjp.kept) for kind, vjp in self.vjps.items()}
 
-    def stack(self, turn: Turns) -> LayerStack:
+    def stack(self, turn: Turns, state: LoopState) -> LayerStack:
         """Return the layers of the stage that a turn's action runs."""
-        return self.model.stack(turn.compute.chunk, turn.compute.stage)
+        stack = self.model.stack(turn.compute.chunk, turn.compute.stage)
+        return stack if turn.weights is None else stack.with_chunks(state.weights, turn.weights.read)
 
     def fill(self, types: Any, *slots: int) -> Any:
         """Return buffers [*slots, ...] as they are before use: zeros, or NaN to prove that none is read."""

@@ -66,6 +66,8 @@ class LoopState:
         the floating-point leaves.
     residuals: what layers keep for their backward, by kind, lists of [slots, layers, ...].
     host: residuals in the memory of the host, as on the device, with their own slots; none if all stay there.
+    weights: whole parameters of chunks that were gathered, by kind, leaves [slots, k, ...]; none where the table
+        gathers none.
     grads: sums of the gradients of parameters and batch.
     """
 
@@ -74,6 +76,7 @@ class LoopState:
     gradients: Any = None
     residuals: dict[str, list[jax.Array]] = field(default_factory=dict)
     host: dict[str, list[jax.Array]] = field(default_factory=dict)
+    weights: dict[str, Any] = field(default_factory=dict)
     grads: "Grads | None" = None
 
 

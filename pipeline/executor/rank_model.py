@@ -115,6 +115,18 @@ class RankModel:
         is_pipelined = self.pipe in self.functions.axes
         return self.stack(jnp.int32(0), jax.lax.axis_index(self.pipe) if is_pipelined else jnp.int32(0))
 
+    def gather_chunk(self, chunk: Index) -> dict[str, Any]:
+        """Return the whole prepared parameters of one of this rank's stages, by kind, leaves [k, ...]."""
+        own = {kind: read(stages, chunk) for kind, stages in self.stages.items()}
+        return {
+            kind: gather.gather(own[kind], stacked=1) if gather else own[kind] for kind, gather in self.gathers.items()
+        }
+
+    @property
+    def chunk_types(self) -> dict[str, Any]:
+        """Types of what `gather_chunk` returns."""
+        return jax.eval_shape(lambda: self.gather_chunk(0))
+
     def run_first(self, given: Given) -> Any:
         """Return the input of the first layer for a microbatch."""
         return self.functions.first(self.shared, given.at(-1))

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from ...schedules import Kind, Schedule
 from ..lowering.lower import lower
-from ..lowering.tables import Ends, Offload
+from ..lowering.tables import Ends, Gathers, Offload
 from ..model.frozen import keep_trained, trained_mask
 from ..model.param_specs import param_specs
 from ..model.stage import PipelineParams, StageFns
@@ -32,7 +32,7 @@ from .loop_plan import Bubbles
 from .loop_state import Grads, Wants
 from .microbatches import Inputs
 from .prepare import check_prepare
-from .rank_model import rank_model
+from .rank_model import RankModel, rank_model
 from .sequential import run_sequence
 from .split_weights.shard_squares import sum_shard_squares
 from .split_weights.sharded import gather_once, sum_once
@@ -105,8 +105,11 @@ class Region:
             kinds: tuple[Kind, ...] = ("F", "B", "I", "W") if self.wants == "grads" else ("F",)
             ends: Ends = "together" if self.fns.ends_together else "alone"
             has_grads = self.wants == "grads"
-            offload = self.offload if has_grads else "none"
-            tables = lower(self.schedule, kinds=kinds, ends=ends, overlap=self.overlap and has_grads, offload=offload)
+            choices: dict[str, Any] = {
+                "offload": self.offload if has_grads else "none",
+                "gathers": self._gathers(model),
+            }
+            tables = lower(self.schedule, kinds=kinds, ends=ends, overlap=self.overlap and has_grads, **choices)
             sums, grads = run_turns(model, tables=tables, bubbles=self.bubbles, wants=self.wants)
         else:
             sums, grads = run_sequence(model, wants=self.wants)
@@ -148,6 +151,9 @@ class Region:
         specs = on_mesh(batch_specs(self.fns, inputs.batch), self.mesh)
         of_batch = jax.tree.map(over_copies, fill_integers(grads.batch, inputs.batch), specs)
         return replace(results, batch_grads=of_batch)
+
+    def _gathers(self, model: RankModel) -> Gathers:
+        return "chunks" if self.fns.gather == "chunk" and any(model.gathers.values()) else "none"
 
     def _trained(self, params: PipelineParams) -> Any:
         return trained_mask(self.fns.frozen, params)

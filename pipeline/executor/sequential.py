@@ -28,6 +28,10 @@ def run_sequence(model: RankModel, *, wants: Wants) -> tuple[Sums, Grads | None]
     loss[] {U:data}, gradients {U:data}.
     """
     chunks = [model.stack(chunk, chunk) for chunk in range(model.num_chunks)]
+    if model.functions.fns.gather == "chunk" and any(model.gathers.values()):
+        # One rank is at work on all of its chunks all the time.
+        whole = jax.tree.map(lambda *own: jnp.stack(own), *(model.gather_chunk(chunk.chunk) for chunk in chunks))
+        chunks = [chunk.with_chunks(whole, chunk.chunk) for chunk in chunks]
     numbers = jnp.arange(jax.tree.leaves(model.microbatches.batch)[0].shape[0], dtype=jnp.int32)
     # The sums are marked as varying before the scan: a carry must keep its type.
     state = LoopState(sums=model.zero_sums(), activations=())

@@ -21,7 +21,8 @@ Read `executor/execute.py` next.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from operator import itemgetter
+from typing import Any, Literal, get_args
 
 import jax
 import numpy as np
@@ -29,6 +30,7 @@ import numpy as np
 from ...meshes import ScheduleError
 from ...meshes.arguments import check_choice, check_instance
 from ...schedules import Action, Kind, Schedule
+from ...schedules.chunk_weights import count_slots, find_stays
 from ...schedules.grid import Cell
 from .offload import Wait, choose_copies
 from .steady import find_steady, longest_run
@@ -40,6 +42,7 @@ from .tables import (
     WEIGHT_GRAD,
     Column,
     Ends,
+    Gathers,
     Offload,
     Tables,
     Transfer,
@@ -57,6 +60,7 @@ def lower(
     ends: Ends = "alone",
     overlap: bool = False,
     offload: Offload = "none",
+    gathers: Gathers = "none",
 ) -> Tables:
     """Return the tables of a schedule: columns [turns, ranks] and [turns], and the slots of each buffer.
 
@@ -68,15 +72,16 @@ def lower(
         ends: "alone" if the first and last stage run `first` and `last` themselves, "together" if all ranks do.
         overlap: whether to look for a steady state (`Steady`), in whose ticks forwards come first.
         offload: "residuals" if those that wait long are copied to the memory of the host (`offload.py`).
+        gathers: "chunks" if weights are gathered for runs of actions of a chunk (`schedules/chunk_weights.py`).
 
     Raises:
-        ScheduleError: `schedule` is not a `Schedule`, or `kinds` or `ends` is not one of the choices.
+        ScheduleError: `schedule` is not a `Schedule`, or another argument is not one of the choices.
     """
-    check_instance("schedule", schedule, Schedule, error=ScheduleError, fix="make it with build_schedule(...).")
-    check_choice("kinds", tuple(kinds), (("F",), get_args(Kind)), error=ScheduleError)
-    for name, value, choices in (("ends", ends, get_args(Ends)), ("offload", offload, get_args(Offload))):
-        check_choice(name, value, choices, error=ScheduleError)
-    lowering = _Lowering(schedule, _place_turns(schedule, kinds, overlap=overlap), offload=offload)
+    _check(schedule, kinds=tuple(kinds), ends=ends, offload=offload, gathers=gathers)
+    placed = _place_turns(schedule, kinds, overlap=overlap)
+    lowering = _Lowering(schedule, placed, offload=offload, gathers=gathers)
+    if gathers == "chunks":
+        lowering.route_weights()
     lowering.route_activations(ends)
     if len(kinds) > 1:
         lowering.route_residuals(offload)
@@ -89,6 +94,13 @@ def lower(
     return Tables(turns=turns, placement=schedule.placement, steady=steady, **_count_all(turns))
 
 
+def _check(schedule: Schedule, **given: Any) -> None:
+    check_instance("schedule", schedule, Schedule, error=ScheduleError, fix="make it with build_schedule(...).")
+    choices = {"kinds": (("F",), get_args(Kind)), "ends": get_args(Ends), "offload": get_args(Offload)}
+    for name, own in (choices | {"gathers": get_args(Gathers)}).items():
+        check_choice(name, given[name], own, error=ScheduleError)
+
+
 def _count_all(turns: Turns) -> dict[str, int]:
     """Return the number of slots of each buffer."""
     host = turns.host
@@ -97,6 +109,7 @@ def _count_all(turns: Turns) -> dict[str, int]:
         "num_gradient_slots": _count_slots(*jax.tree.leaves(turns.gradients), *_receives(turns.backward)),
         "num_residual_slots": _count_slots(turns.compute.residuals, *([host.receive] if host else [])),
         "num_host_slots": _count_slots(host.store) if host else 0,
+        "num_weight_slots": _count_slots(turns.weights.read) if turns.weights else 0,
     }
 
 
@@ -157,11 +170,12 @@ class _Interval:
 class _Lowering:
     """The columns of one schedule, filled value by value; see the module's picture for thirds of a turn."""
 
-    def __init__(self, schedule: Schedule, placed: _TurnOf, *, offload: Offload) -> None:
+    def __init__(self, schedule: Schedule, placed: _TurnOf, *, offload: Offload, gathers: Gathers) -> None:
         self.schedule, self.turn_of, self.exchange_of = schedule, placed.action, placed.exchange
         self.paired = placed.paired
         self.has_halves = any(action.kind == "I" for action in self.turn_of)
-        self.turns: Turns = empty_turns(num_turns=placed.num_turns, placement=schedule.placement, offload=offload)
+        size: dict[str, Any] = {"num_turns": placed.num_turns, "placement": schedule.placement}
+        self.turns: Turns = empty_turns(**size, offload=offload, gathers=gathers)
         compute = self.turns.compute
         for action, turn in self.turn_of.items():
             rank = self.rank(action)
@@ -231,6 +245,22 @@ class _Lowering:
             on_host.append(_Interval(start=3 * out + 2, end=3 * back, rank=wait.rank, entries=uses[2]))
         self._assign(on_device)
         self._assign(on_host)
+
+    def route_weights(self) -> None:
+        """Keep whole weights of a chunk from the first to the last action that reads them: `chunk_weights.py`."""
+        columns, chunk_of = self.turns.weights, self.schedule.placement.chunk_of
+        assert columns is not None
+        uses: list[list[tuple[int, Kind, int]]] = [[] for _ in range(self.schedule.num_ranks)]
+        for action, turn in sorted(self.turn_of.items(), key=itemgetter(1)):
+            uses[self.rank(action)].append((turn, action.kind, chunk_of(action.stage)))
+        # Every rank allocates as many slots as the rank that needs the most.
+        num_slots = max(map(count_slots, uses))
+        intervals = []
+        for rank, own in enumerate(uses):
+            for turns in find_stays(own, num_slots=num_slots):
+                entries = ((columns.gather, turns[0]), *((columns.read, turn) for turn in turns))
+                intervals.append(_Interval(start=3 * turns[0], end=3 * turns[-1] + 1, rank=rank, entries=entries))
+        self._assign(intervals)
 
     def _backward_kind(self) -> Kind:
         """Kind of the action that makes the gradient of a stage's input."""

@@ -17,7 +17,8 @@ Inside a turn the steps have a fixed order. Right of each step are the columns t
 
     turn t  +-------------------------------------------------------------+
             | 1 first       all ranks make x of one microbatch            | ends.first, activations.first
-            | 2 action      every rank runs its own:                      | compute.kind, .microbatch, .chunk
+            | 2 action      weights of its chunk -> their slot            | weights.gather, .read
+            |               every rank runs its own:                      | compute.kind, .microbatch, .chunk
             |     forward      x <- activations; residuals -> their slot  | activations.read, compute.residuals
             |                  y -> activations, or the loss of y         | activations.write, gradients.loss
             |     backward     dy <- gradients; residuals <- their slot   | gradients.read, compute.residuals
@@ -53,6 +54,9 @@ Ends = Literal["alone", "together"]
 
 Offload = Literal["none", "residuals"]
 """What waits in the memory of the host: nothing, or residuals whose backward is far off."""
+
+Gathers = Literal["none", "chunks"]
+"""Whether whole chunks of weights that devices keep parts of are gathered by the table, for runs of actions."""
 
 Column = Any
 """int32 [turns, ranks] or [turns] in `Tables`; one turn of it, [ranks] or [], in the scan; [] at one rank."""
@@ -109,6 +113,19 @@ class HostSlots:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
+class WeightSlots:
+    """Slots of whole chunks of weights, columns [turns, ranks]: see `schedules/chunk_weights.py`.
+
+    gather: slot into which the chunk of an action is gathered before it; NONE where it is there already.
+    read: slot that the action reads.
+    """
+
+    gather: Column
+    read: Column
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
 class GradientSlots:
     """Slots of the gradients buffer, columns [turns, ranks].
 
@@ -156,6 +173,7 @@ class Turns:
     forward, backward: transfers of activations and of gradients, by the offset of the receiver's rank, 1 or -1. In a
         loop activations move one rank on and gradients one back; in a V each moves both ways.
     host: copies of residuals; None if all of them stay on the device.
+    weights: chunks of weights that are gathered; None if the table gathers none.
     """
 
     compute: Compute
@@ -165,6 +183,7 @@ class Turns:
     backward: dict[int, Transfer]
     ends: EndTurns
     host: HostSlots | None = None
+    weights: WeightSlots | None = None
 
     def at_rank(self, rank: jax.Array) -> "Turns":
         """Return one rank's entries [] of one turn."""
@@ -203,6 +222,7 @@ class Tables:
     num_gradient_slots: int
     num_residual_slots: int
     num_host_slots: int = 0
+    num_weight_slots: int = 0
     steady: Steady | None = None
 
     @property
@@ -216,7 +236,7 @@ class Tables:
         return bool((self.turns.compute.kind == INPUT_GRAD).any())
 
 
-def empty_turns(*, num_turns: int, placement: Placement, offload: Offload = "none") -> Turns:
+def empty_turns(*, num_turns: int, placement: Placement, offload: Offload = "none", gathers: Gathers = "none") -> Turns:
     """Return columns in which every rank is idle and every slot is NONE, to be filled in place."""
 
     def per_rank(fill: int = NONE) -> Column:
@@ -240,4 +260,5 @@ def empty_turns(*, num_turns: int, placement: Placement, offload: Offload = "non
         host=HostSlots(send=per_rank(), store=per_rank(), load=per_rank(), receive=per_rank())
         if offload == "residuals"
         else None,
+        weights=WeightSlots(gather=per_rank(), read=per_rank()) if gathers == "chunks" else None,
     )

@@ -28,8 +28,9 @@ WHOLE = P()
 Unroll = Literal["off", "on"]
 """Whether the layers of a stage are written out one after another instead of looped over."""
 
-Gather = Literal["step", "layer"]
-"""How often parameters that are split over batch axes are gathered: once a step, or by every layer in every action."""
+Gather = Literal["step", "chunk", "layer"]
+"""How often parameters split over batch axes are gathered: once a step, once for each run of actions of a chunk, or by
+every layer in every action."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +70,9 @@ class StageFns:
         shared_specs: a `PartitionSpec` for every leaf of `shared` (or a prefix of its tree). If one names the pipe
             axis, all ranks run `first` and `last` together on one microbatch, each with its part of `shared`: a result
             that differs between ranks must be summed over that axis before it is returned.
-        gather: what is kept split over batch axes, since its spec names them, is gathered once a "step" or by every
-            "layer" (see `executor/split_weights/sharded.py`); gradients are summed into parts split alike.
+        gather: what is kept split over batch axes, since its spec names them, is gathered once a "step", once for each
+            run of actions of a "chunk", or by every "layer" (see `executor/split_weights/sharded.py`); gradients are
+            summed into parts split alike.
         gather_dtype: dtype in which it is sent, its own if left out.
         placement: the placement of stages on ranks by which the parameters were cut; that of the schedule must be the
             same.

@@ -13,7 +13,10 @@ from ...schedules import Family, find_family
 ZeroStage = Literal[0, 1, 2, 3]
 """What is split over data: 0 nothing, 1 the optimizer state, 2 parameters too, gathered once a step, 3 gradients."""
 
-ZERO_STAGES: dict[Shard, ZeroStage] = {"none": 0, "optimizer": 1, "step": 2, "layer": 3}
+ZERO_STAGES: dict[Shard, ZeroStage] = {"none": 0, "optimizer": 1, "step": 2, "chunk": 3, "layer": 3}
+
+LateGather = Literal["chunk", "layer"]
+"""When a rank gathers weights that it does not gather once a step: for each run of a chunk, or layer by layer."""
 
 PlanRemat = Literal["none", "selective", "dots", "full"]
 """Rematerialization in the backward: trellax's policies, and Megatron's "selective", the core of attention only."""
@@ -30,7 +33,8 @@ class Layout:
         fsdp: data shards that split parameters, gradients and optimizer state too.
         sequences: sequences of one microbatch on one data shard.
         zero: what is split over data: 0 nothing, 1 the optimizer state, 2 parameters too, gathered once a step, 3
-            gradients too, with parameters gathered by every layer.
+            gradients too.
+        gathers: with zero=3, whether parameters are gathered by every layer, or for each run of actions of a chunk.
         offload: what is kept in the memory of the host.
         layers_per_stage: layers of every stage; None for stages as even as possible.
         max_in_flight: limit of microbatches on a rank for a schedule that is searched for; None is no limit.
@@ -52,6 +56,7 @@ class Layout:
     sequences: int = 1
     remat: PlanRemat = "none"
     zero: ZeroStage = 0
+    gathers: LateGather = "layer"
     offload: Offload = "none"
     layers_per_stage: tuple[int, ...] | None = None
     max_in_flight: int | None = None
@@ -63,7 +68,12 @@ class Layout:
     @property
     def shard(self) -> Shard:
         """What is split over data, as `train.shard` names it."""
-        return SHARDS[self.zero]
+        return self.gathers if self.zero == 3 else SHARDS[self.zero]
+
+    @property
+    def splits_gradients(self) -> bool:
+        """Whether gradients are split over data as they are made, and parameters gathered more than once a step."""
+        return self.fsdp > 1 or self.zero == 3
 
     @property
     def mesh(self) -> MeshSpec:

@@ -15,6 +15,7 @@ from typing import Any
 from ...layers import ModelConfig
 from ...schedules import Placement, find_family, simulate
 from .activations import boundary_bytes, layer_activation_bytes
+from .chunk_gathers import find_gathers
 from .device_params import (
     End,
     block_matrices,
@@ -181,7 +182,8 @@ def _rank_memory(
     # Buffers of microbatches in flight have room for the largest chunk of the rank.
     room, times = (layers.room, held) if layout.pipe > 1 else (layers.stored, 1)
     kept = times * kept_bytes(room, layout=layout, runtime=runtime, num_tokens=num_tokens)
-    kept += _gathered_bytes(layers.stored, layout=layout, runtime=runtime)
+    slots = find_gathers(model, layout=layout, runtime=runtime, num_tokens=num_tokens).slots
+    kept += _gathered_bytes(layers, layout=layout, runtime=runtime, slots=slots)
     if layout.pipe == 1 and runtime.residuals == "trellax":
         kept += _unrolled_bytes(layers.stored, layout=layout, runtime=runtime, num_tokens=num_tokens)
     state = _rank_state(model, layout=layout, runtime=runtime, layers=layers.stored, ends=ends)
@@ -261,15 +263,22 @@ def _unrolled_bytes(layers: KindCounts, *, layout: Layout, runtime: Runtime, num
     )
 
 
-def _gathered_bytes(layers: KindCounts, *, layout: Layout, runtime: Runtime) -> float:
-    """Return the bytes of a layer's gathered parameters where every layer gathers its own.
+def _gathered_bytes(layers: HeldLayers, *, layout: Layout, runtime: Runtime, slots: int) -> float:
+    """Return the bytes of gathered parameters where layers gather their own, or chunks into so many slots.
 
     trellax has about one layer's at a time: the next one's come as those of the layer at work are used up. In PyTorch
     both are there, and the gradient before it is sent.
     """
-    if layout.zero != 3 and layout.fsdp == 1:
+    if not layout.splits_gradients:
         return 0.0
-    own = max(item_bytes(kind) * block_matrices(kind, tensor=layout.tensor, expert=layout.expert) for kind, _ in layers)
+
+    def bytes_of(kind: ModelConfig) -> float:
+        return item_bytes(kind) * block_matrices(kind, tensor=layout.tensor, expert=layout.expert)
+
+    if slots:
+        chunk = layers.stored if layout.pipe == 1 else layers.room
+        return (slots if layout.pipe > 1 else 1) * sum(count * bytes_of(kind) for kind, count in chunk)
+    own = max(bytes_of(kind) for kind, _ in layers.stored)
     return own if runtime.residuals == "trellax" else 3.0 * own
 
 
@@ -294,7 +303,7 @@ def _state_bytes(layout: Layout, runtime: Runtime) -> dict[str, float]:
     # Over all copies of a parameter: the optimizer state, then parameters too; ZeRO-3 and fsdp split all over data.
     shards = layout.replicas * layout.context if layout.zero or layout.fsdp > 1 else 1
     every = layout.replicas * layout.context
-    whole = every if layout.fsdp > 1 or layout.zero == 3 else 1
+    whole = every if layout.splits_gradients else 1
     weights = every if layout.zero == 2 else whole
     gradients = float(runtime.gradient_bytes + runtime.fresh_gradient_bytes)
     return {

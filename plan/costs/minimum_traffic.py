@@ -165,8 +165,9 @@ def explain_ratios(sizes: StepSizes, *, shard: Shard = "none", remat: Remat = "d
         what = "what the forward has sent" if remat == "full" else "the exchanges before attention"
         found.append(f"{mesh.label('context')}: with remat={remat!r} the backward repeats {what}.")
     over = mesh.label(*_SUMMED)
-    if sizes.shards > 1 and shard == "layer":
-        found.append(f"{over}: shard='layer' gathers weights and sums gradients in every microbatch.")
+    if sizes.shards > 1 and shard in ("chunk", "layer"):
+        when = "every microbatch" if shard == "layer" else "each run of microbatches of a chunk"
+        found.append(f"{over}: shard={shard!r} gathers weights in {when}, and sums gradients in every microbatch.")
     elif sizes.shards > 1 and shard != "step" and sizes.model.dtype != "float32":
         found.append(f"{over}: what is sent back is float32; shard='step' sends {sizes.model.dtype}.")
     return tuple(found)

@@ -60,7 +60,7 @@ def find_placement(model: ModelConfig, *, layout: Layout, num_tokens: int, runti
     return plan_schedule(
         layout.schedule,
         num_ranks=layout.pipe,
-        num_microbatches=layout.microbatches if whole else _count_few(layout.microbatches, num_ranks=layout.pipe),
+        num_microbatches=layout.microbatches if whole else count_few(layout.microbatches, num_ranks=layout.pipe),
         num_chunks=layout.chunks,
         traits=runtime.order_traits,
         terms=search_terms(model, layout=layout, num_tokens=num_tokens, runtime=runtime),
@@ -100,7 +100,7 @@ def pipeline_time_s(
         grid = plan_schedule(schedule, **sizes, traits=traits, terms=terms)
         return simulate(grid, clock=traits.clock, stages=stages, transfer=transfer, shared_loss=shared_loss).makespan
 
-    few = _count_few(num_microbatches, num_ranks=num_ranks)
+    few = count_few(num_microbatches, num_ranks=num_ranks)
     periods = (num_microbatches - few) // num_ranks
     if not periods or is_searched_whole(schedule, num_stages=len(stages), num_microbatches=num_microbatches):
         return run(num_microbatches)
@@ -108,7 +108,7 @@ def pipeline_time_s(
     return start + periods * (run(few + num_ranks) - start)
 
 
-def _count_few(num_microbatches: int, *, num_ranks: int) -> int:
+def count_few(num_microbatches: int, *, num_ranks: int) -> int:
     """Return the microbatches of the shorter schedule that is simulated, all of them if they are few.
 
     8 ranks and 100 microbatches make 10 periods of 8 after 20, so schedules of 20 and 28 microbatches are simulated.

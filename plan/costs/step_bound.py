@@ -16,6 +16,7 @@ from typing import Any
 from ...layers import ModelConfig
 from ...schedules import Placement
 from ..machines.topology import Topology
+from .chunk_gathers import find_gathers
 from .device_params import ends_of
 from .held_layers import KindCounts, held_layers, kinds_of_stages
 from .layer_time import LayerTime, sum_times
@@ -116,11 +117,13 @@ class StepBounds:
     def _update_time(self, layout: Layout, *, ends: Any) -> UpdateTime:
         layers = self._layers_of_first(layout)
         mesh = (layout.data, layout.tensor, layout.pipe, layout.context, layout.fsdp, layout.expert)
-        rounds = layout.microbatches if layout.zero == 3 or layout.fsdp > 1 else 1
-        key = (*mesh, layout.zero, layout.offload, rounds, ends, *(count for _, count in layers))
+        count = layout.microbatches if layout.splits_gradients else 1
+        given: dict[str, Any] = {"layout": layout, "runtime": self.runtime}
+        rounds = find_gathers(self.model, **given, num_tokens=self.num_tokens).rounds
+        key = (*mesh, layout.zero, layout.offload, count, rounds, ends, *(count for _, count in layers))
         if key not in self._updates:
-            sizes = {"layout": layout, "topology": self.topology, "layers": layers, "ends": ends}
-            self._updates[key] = update_time(self.model, runtime=self.runtime, **sizes)
+            sizes = {"topology": self.topology, "layers": layers, "ends": ends, "rounds": rounds}
+            self._updates[key] = update_time(self.model, **given, **sizes)
         return self._updates[key]
 
     def _layers_of_first(self, layout: Layout) -> KindCounts:

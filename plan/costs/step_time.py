@@ -12,6 +12,7 @@ from ...layers import ModelConfig, flops_per_token
 from ...layers.experts.kinds import layer_kinds
 from ...schedules import StageCost
 from ..machines.topology import Topology
+from .chunk_gathers import find_gathers
 from .device_params import ends_of
 from .held_layers import KindCounts, held_layers, kinds_of_stages
 from .host_residuals import residual_copies_s
@@ -88,9 +89,9 @@ def step_time(
     pipeline_s, busy = _pipeline_s(model, stages, ends, **given, num_nodes=topology.num_nodes)
     own, held = held_layers(model, layers, stages=placement.stages_of(0)), ends_of(placement, 0)
     rank = sum_times((of_stages[stage], 1) for stage in placement.stages_of(0))
-    data = update_time(model, layout=layout, runtime=runtime, topology=topology, layers=own.stored, ends=held)
-    beside = {"layers": model.num_layers, "pipeline_s": pipeline_s, "backward": rank.backward}
-    data_s = data_time_s(data, layout=layout, runtime=runtime, topology=topology, **beside)
+    on: dict[str, Any] = {"layout": layout, "runtime": runtime, "topology": topology}
+    data = update_time(model, **on, layers=own.stored, ends=held, rounds=find_gathers(model, **given).rounds)
+    data_s = data_time_s(data, **on, layers=model.num_layers, pipeline_s=pipeline_s, backward=rank.backward)
     copies_s = _copies_s(kinds_of_stages(model, layers), of_stages, **given, topology=topology)
     parts = {"pipeline_s": pipeline_s, "data_s": data_s, "optimizer_s": data.optimizer, "host_s": copies_s}
     time_s = sum(parts.values())
@@ -167,13 +168,16 @@ def _exposed_data_s(
     data: UpdateTime, *, layout: Layout, runtime: Runtime, layers: int, pipeline_s: float, backward: float
 ) -> float:
     """Return the seconds of reductions and all-gathers over data that no computation hides."""
-    if layout.fsdp > 1 or layout.zero == 3:
+    if layout.splits_gradients:
         if runtime.shard_overlap == "off":
             return data.gather + data.reduce + data.tied
         # All-gathers run one layer ahead of the computation, so the longer of the two sets the pace. In trellax nothing
         # hides that of the first layer of a stage, and a reduction has the products of its own layer alone beside it,
         # half of which come before it.
         first = layout.pipe / layers * data.gather + data.reduce / 2 if runtime.residuals == "trellax" else 0.0
+        if layout.gathers == "chunk":
+            # The weights of a chunk are there before its first action begins: nothing runs beside their gather.
+            first = data.gather + data.reduce / 2
         return max(first, data.gather + data.reduce - pipeline_s) + data.tied
     whole = data.gather + data.reduce
     if runtime.data_overlap == "off":

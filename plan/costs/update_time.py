@@ -41,18 +41,27 @@ class UpdateTime:
 
 
 def update_time(
-    model: ModelConfig, *, layout: Layout, runtime: Runtime, topology: Topology, layers: KindCounts, ends: Ends
+    model: ModelConfig,
+    *,
+    layout: Layout,
+    runtime: Runtime,
+    topology: Topology,
+    layers: KindCounts,
+    ends: Ends,
+    rounds: float = 1.0,
 ) -> UpdateTime:
     """Return the seconds of the update on the first rank, which ends last.
 
     Args:
-        layers, ends: what that rank holds of the layers, and of embedding and head.
+        layers, ends, rounds: what that rank holds of the layers, and of embedding and head; times that it gathers each
+            parameter in a step, where gradients are split too (`chunk_gathers.py`).
     """
     params = device_params(model, layout=layout, runtime=runtime, layers=layers, ends=ends)
     # Frozen weights are gathered where they are sharded; gradients and moments are those of trained parameters.
     trained = trained_params(model, params=params, layout=layout, runtime=runtime, layers=layers)
     experts = sum(count * expert_matrices(kind, tensor=layout.tensor, expert=layout.expert) for kind, count in layers)
-    shards = layout.replicas * layout.context if layout.zero else 1
+    is_split = layout.zero > 0 or layout.splits_gradients
+    shards = layout.replicas * layout.context if is_split else 1
     # Along expert devices have other experts: theirs are summed over what is left of data.
     group, copies = _groups(layout, runtime, topology)
 
@@ -60,22 +69,13 @@ def update_time(
         parts = ((group, bytes_each * (params - experts)), (copies, bytes_each * experts))
         return sum(collective_time_s(kind, num_bytes=size, group=own, topology=topology) for own, size in parts)
 
-    if layout.fsdp > 1 or layout.zero == 3:
-        # Parameters are gathered for the forward and again for the backward of every microbatch.
-        rounds = layout.microbatches
-        gather = 2 * rounds * time_of("all_gather", _WEIGHT_BYTES, params)
-        reduce = rounds * time_of("reduce_scatter", runtime.gradient_bytes)
-        shards = layout.replicas * layout.context
-    elif layout.zero:
-        gather = time_of("all_gather", _WEIGHT_BYTES)
-        reduce = time_of("reduce_scatter", runtime.gradient_bytes)
-    else:
-        gather, reduce = 0.0, time_of("all_reduce", runtime.gradient_bytes)
+    times, sent = (rounds, params) if layout.splits_gradients else (1, trained)
+    reduce = time_of("reduce_scatter" if is_split else "all_reduce", runtime.gradient_bytes)
     moved = runtime.optimizer_bytes * ((trained - experts) / shards + experts / max(1, shards // layout.expert))
     moved += _cast_bytes(layers, layout=layout, runtime=runtime)
     return UpdateTime(
-        gather=gather,
-        reduce=reduce,
+        gather=times * time_of("all_gather", _WEIGHT_BYTES, sent) if is_split else 0.0,
+        reduce=reduce * (layout.microbatches if layout.splits_gradients else 1),
         tied=0.0 if "head" in ends else _tied_s(model, layout=layout, runtime=runtime, topology=topology),
         optimizer=memory_time_s(topology.accelerator, num_bytes=moved)
         + _copies_s(layout, topology, num_bytes=runtime.optimizer_state_bytes * trained / shards),

@@ -29,6 +29,7 @@ from trellax.pipeline import (
     stages_from_layers,
 )
 from trellax.pipeline.model.losses import LossFn, next_token_loss
+from trellax.pipeline.model.split import SplitWeights
 from trellax.schedules import Schedule, Vocab, build_schedule
 
 Attention = Literal["mha", "gqa", "mqa"]
@@ -207,7 +208,7 @@ def pipeline_step(
     vocab: Vocab = "ends",
     sequence: OnOff = "off",
     whole: dict[str, None] | None = None,
-    shard: Literal["none", "step", "layer"] = "none",
+    shard: SplitWeights = "none",
     remat: Remat = "none",
     unroll: OnOff = "off",
     overlap: Literal["auto", "on", "off"] = "auto",

@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from trellax.meshes import MeshSpec, ScheduleError, ShardingError, build_mesh
 from trellax.pipeline import PipelineParams, StageFns, pipeline_grads, split_transformer
+from trellax.pipeline.lowering.lower import lower
 from trellax.plan.costs.device_params import block_matrices, vocabulary_params
 from trellax.schedules import Vocab, build_schedule
 
@@ -19,8 +20,8 @@ from .law import broken, small_model
 
 TOLERANCE = 2e-5  # as in test_law.py, for the same reason
 
-Shard = Literal["step", "layer"]
-SHARDS: tuple[Shard, ...] = ("step", "layer")
+Shard = Literal["step", "chunk", "layer"]
+SHARDS: tuple[Shard, ...] = ("step", "chunk", "layer")
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ CASES = (
     Case("2x1x4", "zb-v", 5, "tied", "layer", num_chunks=2, vocab="split"),
     Case("2x1x4", "1f1b", 3, "untied", "layer", layers=(1, 3, 3, 1)),
     Case("4x2x1", "1f1b", 3, "tied", "layer", "on", unroll="on"),
+    Case("2x2x2", "interleaved-1f1b", 5, "tied", "chunk", "on", "split", 4),
 )
 
 MORE_CASES = tuple(
@@ -105,11 +107,29 @@ def test_bytes_over_data_by_hand(shard: Shard, mesh: str, extra: str, schedule: 
     layers = 8 // pipe * block_matrices(model, tensor=tensor)
     # Tables, whole on each rank or a part on each, once a step.
     tables = vocabulary_params(model, parts=tensor)[0] / (pipe if extra else 1)
-    part, rounds = 4 * (data - 1) / data, 4 if shard == "layer" else 1
+    part, microbatches = 4 * (data - 1) / data, 4
     # float32 here: a gather forward and one backward in each of four microbatches, or one a step; one sum each.
-    gathers = 2 if shard == "layer" else 1
-    assert sent["all-gather"] == pytest.approx(part * (gathers * rounds * layers + tables), rel=0.01)
-    assert sent["reduce-scatter"] == pytest.approx(part * (rounds * layers + tables), rel=0.01)
+    gathers = {"step": 1, "chunk": 1, "layer": 2 * microbatches}[shard]
+    sums = 1 if shard == "step" else microbatches
+    assert sent["all-gather"] == pytest.approx(part * (gathers * layers + tables), rel=0.01)
+    assert sent["reduce-scatter"] == pytest.approx(part * (sums * layers + tables), rel=0.01)
+
+
+def test_a_chunk_is_gathered_for_each_run_of_its_actions() -> None:
+    words = "--pipeline.schedule interleaved-1f1b --pipeline.chunks 4 --pipeline.microbatches 8 --train.batch_size 16"
+    common = f"--data.seq_len 32 --model.num_layers 8 {words} --train.shard"
+    found = {shard: report_of("2x1x2", f"{common} {shard}") for shard in SHARDS}
+    gathers = {shard: sum(r.bytes for r in report.traffic if r.kind == "all-gather") for shard, report in found.items()}
+    setup = setup_of("2x1x2", f"{common} chunk")
+    columns = lower(setup.schedule, gathers="chunks").turns.weights
+    assert columns is not None
+    # Of 64 actions on 4 chunks of a layer each, in slots for two.
+    runs = int((columns.gather >= 0).sum(axis=0).max())
+    assert 4 < runs < 20
+    layer = 2 * block_matrices(setup.config.model, tensor=1)
+    assert gathers["chunk"] - gathers["step"] == pytest.approx((runs - 4) * layer, rel=0.01)
+    assert gathers["layer"] - gathers["step"] == pytest.approx((64 - 4) * layer, rel=0.01)
+    assert found["chunk"].memory.gradients == found["layer"].memory.gradients
 
 
 def test_state_is_split_and_sums_too_where_layers_gather() -> None:
@@ -117,14 +137,36 @@ def test_state_is_split_and_sums_too_where_layers_gather() -> None:
     model = setup_of("8x1x1").config.model
     matrices = 4 * (model.num_layers * block_matrices(model, tensor=1) + vocabulary_params(model, parts=1)[0])
     saved = matrices * 7 / 8
-    for shard in SHARDS:
+    for shard in ("step", "layer"):
         assert found["none"].parameters - found[shard].parameters == saved
         assert found["none"].optimizer - found[shard].optimizer == pytest.approx(2 * saved, rel=0.001)
     assert found["step"].gradients == found["none"].gradients
     assert found["layer"].gradients < 0.5 * found["none"].gradients
 
 
-def _own_model(spec: P, gather: Literal["step", "layer"]) -> tuple[StageFns, PipelineParams, dict[str, np.ndarray]]:
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("schedule", "chunks", "m", "vocab"),
+    [("1f1b", 1, 12, "split"), ("interleaved-1f1b", 4, 12, "ends"), ("dualpipev", 2, 12, "split")],
+)
+def test_chunks_are_gathered_in_a_steady_state_too(schedule: str, chunks: int, m: int, vocab: Vocab) -> None:
+    found = broken(
+        small_model(style="llama", attention="gqa", embeddings="untied"),
+        tolerance=TOLERANCE,
+        mesh="2x1x2" if chunks == 4 else "2x1x4",
+        schedule=schedule,
+        num_microbatches=m,
+        num_sequences=2 * m,
+        num_chunks=chunks,
+        vocab=vocab,
+        shard="chunk",
+        overlap="on",
+        bubbles="nan",
+    )
+    assert found == {}
+
+
+def _own_model(spec: P, gather: Shard) -> tuple[StageFns, PipelineParams, dict[str, np.ndarray]]:
     rng = np.random.default_rng(0)
     stages = {"w": jnp.asarray(rng.standard_normal((1, 2, 2, 8, 8)), jnp.float32)}
     fns = StageFns(
@@ -141,7 +183,7 @@ def _own_model(spec: P, gather: Literal["step", "layer"]) -> tuple[StageFns, Pip
 
 @pytest.mark.parametrize("spec", [P("data"), P(None, "data")])
 @pytest.mark.parametrize("gather", SHARDS)
-def test_functions_of_ones_own_are_given_whole_weights(spec: P, gather: Literal["step", "layer"]) -> None:
+def test_functions_of_ones_own_are_given_whole_weights(spec: P, gather: Shard) -> None:
     mesh = build_mesh(MeshSpec(data=4, pipe=2))
     schedule = build_schedule("1f1b", num_ranks=2, num_microbatches=3)
     found = []
@@ -189,7 +231,7 @@ def test_shards_that_divide_no_weight_are_refused() -> None:
 
 
 @pytest.mark.parametrize("gather", SHARDS)
-def test_integers_that_are_split_have_zeros_for_gradients(gather: Literal["step", "layer"]) -> None:
+def test_integers_that_are_split_have_zeros_for_gradients(gather: Shard) -> None:
     fns, params, batch = _own_model(P("data"), gather)
     own = replace(fns, layer=lambda params, x, _: jnp.tanh(x @ (params["w"] * params["sign"])), gather_dtype="float32")
     stages = params.stages | {"sign": jnp.ones((1, 2, 2, 8, 8), jnp.int32)}

@@ -110,7 +110,8 @@ def _tell_mesh(setup: Setup) -> str:
     elif sizes.tensor > 1:
         found += f"\n          tokens between layers whole on each device of {sizes.label('tensor')} (mesh.sequence)"
     if sizes.data * sizes.context > 1 and shard != "none":
-        what = "optimizer state" if shard == "optimizer" else f"weights and optimizer state, gathered by {shard},"
+        how = "for each run of a chunk" if shard == "chunk" else f"by {shard}"
+        what = "optimizer state" if shard == "optimizer" else f"weights and optimizer state, gathered {how},"
         found += f"\n          {what} over {sizes.label('batch', 'shard', 'context')} (train.shard)"
     if setup.config.train.ema:
         found += f"\n          an average of the weights, {_average_bytes(setup):,} bytes a device (train.ema)"

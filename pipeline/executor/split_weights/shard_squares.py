@@ -41,8 +41,8 @@ def check_shard_squares(fns: StageFns, mesh: Mesh) -> None:
     elif split:
         problem = f"with {' '.join(split)} no device has the whole gradient of its own sequences"
         fix = "use a mesh without these axes"
-    elif fns.gather == "layer":
-        problem, fix = "gather='layer' sums gradients over the shards layer by layer", "use gather='step'"
+    elif fns.gather != "step":
+        problem, fix = f"gather={fns.gather!r} sums gradients over the shards layer by layer", "use gather='step'"
     elif sizes.get(axes.pipe, 1) > 1 and not fns.ends_together:
         problem = (
             "embedding and head are whole on every rank, and their gradients are summed over ranks and shards at once"

@@ -6,6 +6,8 @@ A spec that names a batch axis keeps a parameter so, P("data", "tensor") a kerne
                       gradients [D/d, F] <--reduce-scatter-- [D, F]    once a step, in float32
     gather="layer"    the same for one layer at a time, in every action that reads it: no device ever holds more whole
                       layers than the one at work, and the sums of gradients are split as parameters are
+    gather="chunk"    sums of gradients as with "layer"; the layers of a chunk are gathered together, once for a run of
+                      actions on it, as the table says (`schedules/chunk_weights.py`)
 
 Every device of data has the same layers and other sequences, so a reduce-scatter is also the sum over data that a
 gradient needs. Read `region.py` for the first, `layers.py` for the second.
@@ -112,7 +114,7 @@ def _sum_over(tree: Any, specs: Any, axes: Sequence[str]) -> Any:
 
 
 def gather_once(fns: StageFns, params: PipelineParams, *, summed: Sequence[str]) -> PipelineParams:
-    """Return the parameters with what is gathered once a step: all, or with gather="layer" those of the ends.
+    """Return the parameters with what is gathered once a step: all with gather="step", else those of the ends.
 
     params.stages [C, k, ...] of this device.
     """
@@ -120,7 +122,7 @@ def gather_once(fns: StageFns, params: PipelineParams, *, summed: Sequence[str])
     # Back in their own dtype: an embedding's gradient sums over tokens, in the dtype of its table.
     whole = gather(params.shared, splits.shared, dtype=dtype)
     shared = jax.tree.map(lambda leaf, own: leaf.astype(own.dtype), whole, params.shared)
-    if fns.gather == "layer":
+    if fns.gather != "step":
         return PipelineParams(stages=params.stages, shared=shared)
     stages = gather(params.stages, [split.behind(2) for split in splits.stages], dtype=dtype)
     return PipelineParams(stages=stages, shared=shared)
@@ -153,7 +155,7 @@ def sum_once(
 
 @dataclass(frozen=True, kw_only=True)
 class LayerGather:
-    """The gather of one layer's parameters in every action.
+    """The gather of one layer's parameters in an action, or of those of a whole chunk.
 
     kept: how each is kept, a tree like that of the parameters.
     prepared: how leaves are split after `prepare`.
@@ -178,9 +180,13 @@ class LayerGather:
         prepared = tuple(splits if prepare is None else splits_after(prepare, own, splits))
         return cls(kept=jax.tree.unflatten(jax.tree.structure(own), splits), prepared=prepared, dtype=dtype)
 
-    def gather(self, params: Any) -> Any:
-        """Return the whole prepared parameters of a layer, of which this device keeps parts."""
-        return gather(params, self.prepared, dtype=self.dtype)
+    def gather(self, params: Any, *, stacked: int = 0) -> Any:
+        """Return the whole prepared parameters of a layer, of which this device keeps parts.
+
+        Args:
+            stacked: number of leading dimensions of layers, for parameters [k, ...] of several.
+        """
+        return gather(params, [split.behind(stacked) for split in self.prepared], dtype=self.dtype)
 
     def gather_kept(self, params: Any) -> Any:
         """Return the whole parameters of a layer before `prepare`: for their types."""
