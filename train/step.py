@@ -172,21 +172,24 @@ def _noise_metrics(setup: Setup, out: LossAndGrads, batch: Batch, *, grad_norm: 
 def step_options(setup: Setup) -> dict[str, Any]:
     """Return the compiler options that a training step has beside those of `xla.py`, on GPUs.
 
-    They are those of `pipeline_grads` and, where each layer gathers its weights, the bytes up to which XLA joins
-    gathers, and that a gather starts before the first product of the layer before. By itself XLA starts it before the
-    last one, which is too late between nodes.
+    They are those of `pipeline_grads` and, where layers or chunks gather their weights, the bytes up to which XLA joins
+    gathers; where layers do, also that a gather starts before the first product of the layer before. By itself XLA
+    starts it before the last one, which is too late between nodes.
     """
-    options = compiler_options(setup.mesh, overlap=setup.config.pipeline.overlap)
-    if setup.config.train.shard != "layer" or platform_of(setup.mesh) not in GPUS:
+    options, shard = compiler_options(setup.mesh, overlap=setup.config.pipeline.overlap), setup.config.train.shard
+    if shard not in ("chunk", "layer") or platform_of(setup.mesh) not in GPUS:
         return options
-    if _STARTED_EARLY not in xla_flags():
+    if shard == "layer" and _STARTED_EARLY not in xla_flags():
         options |= {_STARTED_EARLY: True}
     if _JOINED_UP_TO not in xla_flags():
         # No more than that: gathers of tokens over tensor, which are needed at other times, are not to be joined.
         model, sizes = setup.config.model, setup.sizes
         parts = {"tensor": sizes.tensor, "expert": sizes.expert}
         matrices = max(block_matrices(kind.config, **parts) for kind in layer_kinds(model))
-        options |= {_JOINED_UP_TO: jnp.dtype(model.dtype).itemsize * matrices}
+        by_kind = setup.model.fns.by_kind(setup.model.params.stages)
+        # Stages are [C, ranks, k, ...]: a chunk has room for k layers of each kind.
+        num_layers = sum(jax.tree.leaves(own)[0].shape[2] for own in by_kind.values()) if shard == "chunk" else 1
+        options |= {_JOINED_UP_TO: jnp.dtype(model.dtype).itemsize * matrices * num_layers}
     return options
 
 

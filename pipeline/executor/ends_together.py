@@ -13,6 +13,7 @@ sum over ranks.
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,11 +40,17 @@ def run_first(model: RankModel, state: LoopState, turn: Turns) -> LoopState:
 
 
 @jax.named_scope("first_back")
-def take_first_back(model: RankModel, state: LoopState, turn: Turns) -> LoopState:
-    """Add the gradients of `first`, given the gradient that the first stage has made of its input."""
-    given = model.at_ends.read(turn.ends.first_back)
+def share_dx(model: RankModel, state: LoopState, turn: Turns) -> list[jax.Array]:
+    """Return to all ranks the gradient that the first stage has made of its input."""
     # dx is on the rank of the first stage alone, and every rank needs it for its own rows of the table.
-    dx = broadcast_slot(state.gradients, turn.gradients.first_back, pipe=model.pipe)
+    return broadcast_slot(state.gradients, turn.gradients.first_back, pipe=model.pipe)
+
+
+@jax.named_scope("first_back")
+def take_first_back(model: RankModel, state: LoopState, turn: Turns, *, dx: list[jax.Array] | None = None) -> LoopState:
+    """Add the gradients of `first`, given dx of the first stage's input, or what `share_dx` returns now."""
+    given = model.at_ends.read(turn.ends.first_back)
+    dx = share_dx(model, state, turn) if dx is None else dx
     assert state.grads is not None
     return replace(state, grads=state.grads.add_shared(model.first_grads(given, dx), given.number))
 
@@ -56,12 +63,18 @@ def run_first_back(model: RankModel, state: LoopState, turn: Turns) -> LoopState
 
 
 @jax.named_scope("last")
-def make_last(model: RankModel, state: LoopState, turn: Turns, *, wants: Wants = "grads") -> LoopState:
-    """Add the loss of what the last stage has made, and its gradients."""
+def share_y(model: RankModel, state: LoopState, turn: Turns) -> Any:
+    """Return to all ranks what the last stage has made."""
+    return broadcast_slot(state.activations, turn.activations.last, pipe=model.pipe)
+
+
+@jax.named_scope("last")
+def make_last(model: RankModel, state: LoopState, turn: Turns, *, y: Any = None, wants: Wants = "grads") -> LoopState:
+    """Add the loss of y, what the last stage has made, or what `share_y` returns now, and its gradients."""
     given = model.at_ends.read(turn.ends.last)
     # Every rank computes the same loss; it is counted on the last stage's alone.
     is_counted = turn.activations.last != NONE
-    y = broadcast_slot(state.activations, turn.activations.last, pipe=model.pipe)
+    y = share_y(model, state, turn) if y is None else y
 
     def count(out: Output) -> Output:
         return jax.tree.map(lambda leaf: jnp.where(is_counted, vary_like(leaf, state.sums.loss), 0), out)

@@ -131,14 +131,18 @@ def _end_actions(state: LoopState) -> LoopState:
     if not sums:
         return state
     place = min(range(len(sums)), key=lambda number: sums[number].size)
-    # In jax 0.10 a barrier takes values of one type alone. Delete with Python 3.11.
-    leaves = jax.tree.leaves((state.activations, state.gradients, sums[place]))
-    if jax.__version_info__ < (0, 12) and len({frozenset(varying_axes(leaf)) for leaf in leaves}) > 1:
-        return state
-    messages = state.activations, state.gradients
-    (activations, gradients), sums[place] = jax.lax.optimization_barrier((messages, sums[place]))
+    (activations, gradients), sums[place] = hold((state.activations, state.gradients), until=sums[place])
     grads = replace(state.grads, stages=jax.tree.unflatten(structure, sums))
     return replace(state, activations=activations, gradients=gradients, grads=grads)
+
+
+def hold(values: Any, *, until: Any) -> tuple[Any, Any]:
+    """Return both, of which XLA for GPUs computes nothing with the values before what is waited for is there too."""
+    # In jax 0.10 a barrier takes values of one type alone. Delete with Python 3.11.
+    is_mixed = len({frozenset(varying_axes(leaf)) for leaf in jax.tree.leaves((values, until))}) > 1
+    if not is_nvidia() or (is_mixed and jax.__version_info__ < (0, 12)):
+        return values, until
+    return jax.lax.optimization_barrier((values, until))
 
 
 # The named scopes tell in profiles and in the compiled program which action an instruction belongs to.
@@ -162,10 +166,10 @@ def _forward_only(plan: LoopPlan, state: LoopState, turn: Turns) -> LoopState:
 
 
 @jax.named_scope("backward")
-def backward(plan: LoopPlan, state: LoopState, turn: Turns, *, dy: list[jax.Array] | None = None) -> LoopState:
-    """Run the backward of a turn, of the gradient in its slot, or of dy that was read before."""
+def backward(plan: LoopPlan, state: LoopState, turn: Turns) -> LoopState:
+    """Run the backward of a turn, of the gradient in its slot."""
     given = plan.model.microbatches.read(turn.compute.microbatch)
-    dy = read(state.gradients, turn.gradients.read) if dy is None else dy
+    dy = read(state.gradients, turn.gradients.read)
     dx, state = backward_layers(plan.stack(turn, state), plan.vjps, dy, state, given, slot=turn.compute.residuals)
     return plan.enter.leave_back(state, dx, turn, given)
 

@@ -47,15 +47,18 @@ Overlap = Literal["auto", "on", "off"]
 ShardSquares = Literal["off", "on"]
 """Whether the squared norms of the shards' own gradients are computed too."""
 
-_LIMIT, _COLLECTIVES_AT_ONCE = "xla_gpu_experimental_parallel_collective_overlap_limit", 4
+_OPTIONS: dict[str, Any] = {
+    "xla_gpu_experimental_parallel_collective_overlap_limit": 8,
+    "xla_gpu_experimental_collective_start_as_early_as_possible": True,
+}
 
 
 def compiler_options(mesh: Mesh | AbstractMesh, *, overlap: Overlap = "auto") -> dict[str, Any]:
     """Return options of `jax.jit` with which XLA puts the messages of a step beside its products.
 
-    By default XLA has one collective on the way at a time. Beside a layer's products there may be a permute, a sum over
-    pipe and one over tensor, or the next layer's weights and sums of gradients over data. Empty on CPUs, without
-    overlap, and where XLA_FLAGS have the option.
+    By default XLA has one collective on the way at a time, and starts it as late as its estimate of its time allows.
+    Beside a layer's products there may be two permutes, sums over pipe and one over tensor, or the next layer's weights
+    and sums of gradients over data. Empty on CPUs and without overlap; options in XLA_FLAGS are the user's.
 
     >>> step = jax.jit(step, compiler_options=compiler_options(mesh))
 
@@ -63,8 +66,8 @@ def compiler_options(mesh: Mesh | AbstractMesh, *, overlap: Overlap = "auto") ->
         ScheduleError: `overlap` is not one of the choices.
     """
     check_choice("overlap", overlap, get_args(Overlap), error=ScheduleError)
-    is_on = platform_of(mesh) in GPUS and _overlaps(mesh, overlap) and _LIMIT not in xla_flags()
-    return {_LIMIT: _COLLECTIVES_AT_ONCE} if is_on else {}
+    is_on = platform_of(mesh) in GPUS and _overlaps(mesh, overlap)
+    return {name: value for name, value in _OPTIONS.items() if is_on and name not in xla_flags()}
 
 
 def _overlaps(mesh: Mesh | AbstractMesh, overlap: Overlap) -> bool:

@@ -26,9 +26,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..lowering.tables import Steady, Tables, Transfer, Turns, at_rank
-from .buffers import read
-from .ends_together import make_first, make_last, run_first, run_first_back, run_last, take_first_back
-from .execute import backward, forward, gather_weights, run_chunk, run_turn, send
+from .ends_together import (
+    make_first,
+    make_last,
+    run_first,
+    run_first_back,
+    run_last,
+    share_dx,
+    share_y,
+    take_first_back,
+)
+from .execute import backward, forward, gather_weights, hold, run_chunk, run_turn, send
 from .host_residuals import finish_copies, start_loading, without_host
 from .loop_plan import Bubbles, LoopPlan, plan_loop
 from .loop_state import Grads, LoopState, Sums, Wants, put
@@ -97,38 +105,39 @@ def _run_pair(plan: LoopPlan, steady: Steady, state: LoopState, pair: Pair) -> t
     """Run one forward and one backward of this rank, given the columns [ranks] of their turns.
 
     The order is that of the turns, but for messages, which leave as soon as they are made and are put into their slots
-    when they are needed, and for `last`, whose gradient no backward of the same pair reads.
+    when they are needed, and for `last`, whose gradient no backward of the same pair reads. What is summed over pipe
+    for the ends is used only after the products that are to run beside it: by itself XLA takes element-wise work for
+    enough.
     """
     rank, model = jax.lax.axis_index(plan.model.pipe), plan.model
     ahead, back, before = (at_rank(rows, rank) for rows in pair)
-    # Beside the sums of `last` the compiler finds more to do after the backward, or before it where layers sum over
-    # tensor: benchmarks/RESULTS.md, "What stands beside the messages".
-    is_last_late = not any(jax.lax.axis_size(axis) > 1 for axis in model.functions.fns.axes.tensor)
+    is_together, dx, y = steady.ends == "always", None, None
     gradients = _send(plan, state.gradients, before, step=-1, offsets=steady.backward)
     arriving, host = {}, {}
     if ahead.host is not None:
         state, arriving = start_loading(state, ahead.host)
         state, host = without_host(state)
-    if steady.ends == "always":
-        state = take_first_back(model, state, ahead)
+    if is_together:
+        dx = share_dx(model, state, ahead)
     if steady.ends == "sometimes":
         state = run_first(model, state, ahead)
     state = run_chunk(forward, plan, gather_weights(plan, state, ahead), ahead)
     if ahead.host is not None:
         state, host = without_host(finish_copies(replace(state, host=host), arriving, ahead.host, plan.packings))
+    if is_together:
+        dx, activations = hold(dx, until=state.activations)
+        state = take_first_back(model, replace(state, activations=activations), ahead, dx=dx)
+        y = share_y(model, state, ahead)
     state = replace(state, gradients=_receive(state.gradients, before, gradients))
     activations = _send(plan, state.activations, back.forward, step=1, offsets=steady.forward)
-    dy = None
-    if steady.ends == "always":
-        # Both end stages run a forward in every pair, so they are on different ranks, and x cannot take the slot of y.
-        # Read before `last` writes to the same buffer, or this backward would wait for it.
-        dy = read(state.gradients, back.gradients.read)
-        state = make_first(model, state if is_last_late else make_last(model, state, ahead), back)
+    if is_together:
+        state = make_first(model, state, back)
     if steady.ends == "sometimes":
         state = run_first(model, run_first_back(model, run_last(model, state, ahead), ahead), back)
-    state = run_chunk(partial(backward, dy=dy), plan, gather_weights(plan, state, back), back)
-    if steady.ends == "always" and is_last_late:
-        state = make_last(model, state, ahead)
+    state = run_chunk(backward, plan, gather_weights(plan, state, back), back)
+    if is_together:
+        y, gradients = hold(y, until=state.gradients)
+        state = make_last(model, replace(state, gradients=gradients), ahead, y=y)
     if steady.ends == "sometimes":
         state = run_first_back(model, run_last(model, state, back), back)
     return replace(state, activations=_receive(state.activations, back.forward, activations), host=host), None

@@ -176,11 +176,12 @@ def test_options_of_the_compiler_leave_flags_of_the_user_alone(monkeypatch: pyte
     gpu = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", platform="gpu", num_cores=None)
     mesh = abstract_mesh(MeshSpec(pipe=2)).update(abstract_device=gpu)
     monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=/nowhere")
-    ((name, limit),) = compiler_options(mesh).items()
-    assert limit > 1
+    (limit, most), (early, is_early) = compiler_options(mesh).items()
+    assert most > 1
+    assert is_early
     assert compiler_options(mesh, overlap="off") == {}
-    monkeypatch.setenv("XLA_FLAGS", f"--{name}=2")
-    assert compiler_options(mesh) == {}
+    monkeypatch.setenv("XLA_FLAGS", f"--{limit}=2")
+    assert compiler_options(mesh) == {early: True}
 
 
 def test_options_of_the_compiler_are_for_gpus_and_a_wrong_choice_is_refused() -> None:
