@@ -8,8 +8,9 @@ sweeps along the ranks move, and the longer the ramps (m >= p, F = I = W, ticks 
     v-half   2, 1, 2, 1               (p + 2) // 2             6m + 3p - 4  "Controllable Memory", both Qi et al. 2024
     v-min    1, 1, 1, 1               (p + 4) // 3             6m + 4p - 7  the same
 
-v-half takes three ticks fewer where p is even and above 2, v-min two more where p = 3n + 1. With zb-v, separate
-programs go on to the next step without a bubble. In one synchronous program the step ends with its last rank, which
+v-half takes three ticks fewer where p is even and above 2, v-min two more where p = 3n + 1. With zb-v and 2p - 1
+microbatches or more no rank waits between its first action and its last, which is no bubble as the paper counts:
+separate programs go on to the next step at once. In one synchronous program the step ends with its last rank, which
 starts p - 1 ticks late, as in interleaved ZB-H1, which holds half as much again.
 """
 
@@ -20,15 +21,17 @@ from ..family import Family
 from ..formula import v_shaped_bubble
 from ..schedule import Schedule
 from .building_block import HALF_BLOCK, THIRD_BLOCK, WHOLE_BLOCK, Block, build_from_block
+from .zero_bubble_v import build_steady
 
 
 def _family(name: str, block: Block, limit: Callable[[int], int], *, idle: float, text: str, premise: str) -> Family:
     """Return a family whose ranks hold at most `limit` microbatches, by number of ranks; the rest is its bubble."""
 
     def build(*, num_ranks: int, num_microbatches: int) -> Schedule:
-        return build_from_block(
-            block, name=name, num_ranks=num_ranks, num_microbatches=num_microbatches, limit=chunks_in_flight(num_ranks)
-        )
+        sizes = {"num_ranks": num_ranks, "num_microbatches": num_microbatches}
+        if block is WHOLE_BLOCK and num_microbatches >= 2 * num_ranks - 1:
+            return build_steady(name=name, **sizes)
+        return build_from_block(block, name=name, **sizes, limit=chunks_in_flight(num_ranks))
 
     def chunks_in_flight(num_ranks: int, *_: object) -> int:
         return 2 * limit(num_ranks)

@@ -59,6 +59,16 @@ def test_ticks_and_peak_are_the_published_counts(name: str, p: int) -> None:
 
 
 @pytest.mark.parametrize("p", RANKS)
+def test_no_rank_of_zb_v_waits_between_its_first_action_and_its_last(p: int) -> None:
+    # The paper's count of its bubble, none: ramps are those of one synchronous program.
+    for m in (2 * p - 1, 2 * p, 3 * p + 1):
+        schedule = build_schedule("zb-v", num_ranks=p, num_microbatches=m, num_chunks=2)
+        for rank in range(p):
+            busy = [tick for tick, cells in enumerate(schedule.ticks) if cells[rank]]
+            assert busy == list(range(rank, rank + 6 * m))
+
+
+@pytest.mark.parametrize("p", RANKS)
 @pytest.mark.parametrize("name", PUBLISHED_IDLE)
 def test_ticks_are_never_more_than_those_of_the_authors(name: str, p: int) -> None:
     assert build(name, p, 2 * p + 3)[0] <= PUBLISHED_IDLE[name](p)
