@@ -176,7 +176,7 @@ def step_options(setup: Setup) -> dict[str, Any]:
     gathers; where layers do, also that a gather starts before the first product of the layer before. By itself XLA
     starts it before the last one, which is too late between nodes.
     """
-    options, shard = compiler_options(setup.mesh, overlap=setup.config.pipeline.overlap), setup.config.train.shard
+    options, shard = _overlap_options(setup), setup.config.train.shard
     if shard not in ("chunk", "layer") or platform_of(setup.mesh) not in GPUS:
         return options
     if shard == "layer" and _STARTED_EARLY not in xla_flags():
@@ -191,6 +191,10 @@ def step_options(setup: Setup) -> dict[str, Any]:
         num_layers = sum(jax.tree.leaves(own)[0].shape[2] for own in by_kind.values()) if shard == "chunk" else 1
         options |= {_JOINED_UP_TO: jnp.dtype(model.dtype).itemsize * matrices * num_layers}
     return options
+
+
+def _overlap_options(setup: Setup) -> dict[str, Any]:
+    return compiler_options(setup.mesh, overlap=setup.config.pipeline.overlap, axes=setup.sizes.roles)
 
 
 def make_eval_step(setup: Setup) -> Callable[[TrainState, Batch], jax.Array]:

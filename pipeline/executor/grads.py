@@ -17,6 +17,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from ...meshes import ScheduleError
 from ...meshes.arguments import check_choice
+from ...meshes.axes import DEFAULT_AXES, MeshAxes
 from ...meshes.device_kind import GPUS, platform_of
 from ...meshes.host_memory import check_host_memory
 from ...meshes.switches import xla_flags
@@ -47,18 +48,22 @@ Overlap = Literal["auto", "on", "off"]
 ShardSquares = Literal["off", "on"]
 """Whether the squared norms of the shards' own gradients are computed too."""
 
-_OPTIONS: dict[str, Any] = {
-    "xla_gpu_experimental_parallel_collective_overlap_limit": 8,
-    "xla_gpu_experimental_collective_start_as_early_as_possible": True,
-}
+_LIMIT = "xla_gpu_experimental_parallel_collective_overlap_limit"
+_STARTED_EARLY = "xla_gpu_experimental_collective_start_as_early_as_possible"
 
 
-def compiler_options(mesh: Mesh | AbstractMesh, *, overlap: Overlap = "auto") -> dict[str, Any]:
+def compiler_options(
+    mesh: Mesh | AbstractMesh, *, overlap: Overlap = "auto", axes: MeshAxes = DEFAULT_AXES
+) -> dict[str, Any]:
     """Return options of `jax.jit` with which XLA puts the messages of a step beside its products.
 
     By default XLA has one collective on the way at a time, and starts it as late as its estimate of its time allows.
-    Beside a layer's products there may be two permutes, sums over pipe and one over tensor, or the next layer's weights
-    and sums of gradients over data. Empty on CPUs and without overlap; options in XLA_FLAGS are the user's.
+    Beside a layer's products there may be the next layer's weights and sums of gradients over data, in a pipeline also
+    two permutes, sums over pipe and one over tensor. Empty on CPUs and without overlap; options in XLA_FLAGS are the
+    user's.
+
+    Args:
+        axes: the roles of the mesh's axes, if their names are not the default ones.
 
     >>> step = jax.jit(step, compiler_options=compiler_options(mesh))
 
@@ -66,8 +71,12 @@ def compiler_options(mesh: Mesh | AbstractMesh, *, overlap: Overlap = "auto") ->
         ScheduleError: `overlap` is not one of the choices.
     """
     check_choice("overlap", overlap, get_args(Overlap), error=ScheduleError)
-    is_on = platform_of(mesh) in GPUS and _overlaps(mesh, overlap)
-    return {name: value for name, value in _OPTIONS.items() if is_on and name not in xla_flags()}
+    if platform_of(mesh) not in GPUS or not _overlaps(mesh, overlap):
+        return {}
+    # Without a pipeline an early start delays what is needed sooner, such as tokens on the way to experts.
+    is_piped = mesh.shape.get(axes.pipe, 1) > 1
+    options: dict[str, Any] = {_LIMIT: 8, _STARTED_EARLY: True} if is_piped else {_LIMIT: 4}
+    return {name: value for name, value in options.items() if name not in xla_flags()}
 
 
 def _overlaps(mesh: Mesh | AbstractMesh, overlap: Overlap) -> bool:

@@ -182,6 +182,9 @@ def test_options_of_the_compiler_leave_flags_of_the_user_alone(monkeypatch: pyte
     assert compiler_options(mesh, overlap="off") == {}
     monkeypatch.setenv("XLA_FLAGS", f"--{limit}=2")
     assert compiler_options(mesh) == {early: True}
+    alone = abstract_mesh(MeshSpec(data=2)).update(abstract_device=gpu)
+    monkeypatch.setenv("XLA_FLAGS", "")
+    assert compiler_options(alone) == {limit: 4}
 
 
 def test_options_of_the_compiler_are_for_gpus_and_a_wrong_choice_is_refused() -> None:
