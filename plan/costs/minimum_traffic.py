@@ -162,8 +162,8 @@ def explain_ratios(sizes: StepSizes, *, shard: Shard = "none", remat: Remat = "d
         again = "with remat='full' the forward that the backward repeats gathers keys and values again"
         found.append(f"{mesh.label('context')}: {again}; 1.5 times the minimum.")
     elif mesh.context > 1 and sizes.context_attention == "ulysses" and remat != "none":
-        what = "what the forward has sent" if remat == "full" else "the exchanges before attention"
-        found.append(f"{mesh.label('context')}: with remat={remat!r} the backward repeats {what}.")
+        again = f"with remat={remat!r} the backward repeats the exchanges of the forward"
+        found.append(f"{mesh.label('context')}: {again}; 1.5 times the minimum.")
     over = mesh.label(*_SUMMED)
     if sizes.shards > 1 and shard in ("chunk", "layer"):
         when = "every microbatch" if shard == "layer" else "each run of microbatches of a chunk"
