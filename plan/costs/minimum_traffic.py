@@ -39,6 +39,9 @@ _FLOAT32 = 4
 _SUMMED: tuple[Role, ...] = ("batch", "shard", "expert", "context")
 """Roles of the axes over which gradients are summed."""
 
+_SUMMED_OF_EXPERTS: tuple[Role, ...] = ("batch", "shard", "context")
+"""Those of experts, which differ along the axis of that name."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepSizes:
@@ -182,10 +185,11 @@ def _gradients(sizes: StepSizes, rank: int) -> Iterator[tuple[str, float]]:
         yield mesh.label(*_SUMMED), num_layers * _updated(sizes, 0, own, over=sizes.shards)
         return
     for kind, num_layers in sizes.kinds_of(rank):
-        # Experts are summed over data alone, all else over expert too.
+        # Experts are summed over data x context alone, all else over expert too.
         experts = expert_matrices(kind, **split)
         own, matrices = (count(kind, **split) - experts for count in (block_params, block_matrices))
-        yield mesh.label("batch"), num_layers * _updated(sizes, experts, 0, over=mesh.data // mesh.expert)
+        copies = sizes.shards // mesh.expert
+        yield mesh.label(*_SUMMED_OF_EXPERTS), num_layers * _updated(sizes, experts, 0, over=copies)
         whole = 0
         if sizes.is_sequence_parallel:
             # Of own = split / t + whole and the parameters of one device, split + whole: norms and biases, say.
