@@ -106,6 +106,16 @@ def test_an_exchange_sends_what_the_formula_says(remat: str) -> None:
     assert step_sizes(setup).context_attention == "ulysses"
 
 
+@pytest.mark.slow
+def test_gradients_of_experts_are_in_the_minimum_over_context() -> None:
+    """Kept keys, sent once each way, and float32 gradients of experts: nothing else is sent over context alone."""
+    words = "--mesh.expert 2 --mesh.context 2 --pipeline.context_attention gather-once --pipeline.remat none"
+    (row,) = (
+        one for one in report_of("1x1x1", words, "tiny-moe").traffic if one.axis == "context" and one.minimum_bytes
+    )
+    assert row.bytes == pytest.approx(row.minimum_bytes, rel=0.01)
+
+
 def test_a_step_has_no_array_of_all_scores() -> None:
     extra = f"{WIDE} --mesh.context 2 --data.seq_len 512 --model.max_tokens 512 --data.packing on"
     shapes = re.findall(r"(?:f32|pred)\[([\d,]+)\]", hlo_text(compiled_step("1x1x2", extra)))
