@@ -55,11 +55,11 @@ def build_steady(*, name: str, num_ranks: int, num_microbatches: int) -> Schedul
 def _steps(num_ranks: int, rank: int, *, num_microbatches: int) -> Iterator[Step]:
     """Yield the steps of a rank in order, and at the ends some that have no microbatch left."""
     later = num_ranks - rank
-    yield from [(0, "F")] * (2 * later - 1)
+    yield from _THERE[:1] * (2 * later - 1)
     yield from _FORWARDS * rank
     yield from _BACK * later
     yield from (*_THERE, *_BACK) * (num_microbatches - num_ranks)
     yield from _GRADIENTS * rank
     yield from _THERE[1:] * later
-    yield from [(1, "W")] * num_microbatches
-    yield from [(0, "W")] * num_microbatches
+    yield from _BACK[2:] * num_microbatches
+    yield from _THERE[2:] * num_microbatches
