@@ -1,6 +1,7 @@
 """Convert the config of a run to the planner's values: its layout, and the question which layout is best for it."""
 
 from dataclasses import replace
+from typing import Any
 
 from ..layers.context.choice import Way, choose_context_attention
 from ..meshes import MeshSpec, PlanError
@@ -48,8 +49,9 @@ def layout_of(config: RunConfig, *, num_devices: int) -> Layout:
 
 
 def _context_attention(config: RunConfig, mesh: MeshSpec) -> Way:
-    sizes = {"tensor": mesh.tensor, "context": mesh.context}
-    return choose_context_attention(config.model, asked=config.pipeline.context_attention, **sizes)
+    pipeline = config.pipeline
+    how: dict[str, Any] = {"remat": pipeline.remat, "asked": pipeline.context_attention}
+    return choose_context_attention(config.model, tensor=mesh.tensor, context=mesh.context, **how)
 
 
 def question_of(config: RunConfig, *, topology: Topology) -> TrainQuestion:

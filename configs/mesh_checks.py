@@ -120,9 +120,9 @@ def _check_depth(config: RunConfig, mesh: MeshSpec) -> Iterator[TrellaxError]:
 
 def _check_context(config: RunConfig, mesh: MeshSpec) -> Iterator[TrellaxError]:
     """Yield an error unless heads can be exchanged over context, where they are asked to be."""
-    asked, sizes = config.pipeline.context_attention, {"tensor": mesh.tensor, "context": mesh.context}
+    how: dict[str, Any] = {"remat": config.pipeline.remat, "asked": config.pipeline.context_attention}
     if mesh.context > 1 and config.model.num_heads % mesh.tensor == 0:
-        yield from errors_of(choose_context_attention, config.model, asked=asked, **sizes)
+        yield from errors_of(choose_context_attention, config.model, tensor=mesh.tensor, context=mesh.context, **how)
 
 
 def _check_layers_of_one_rank(config: RunConfig) -> Iterator[TrellaxError]:

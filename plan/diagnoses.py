@@ -267,7 +267,7 @@ def _check_data(_: TrainQuestion, plan: Plan) -> Iterator[Diagnosis]:
 def _check_need(question: TrainQuestion, plan: Plan) -> Iterator[Diagnosis]:
     """Find a split model that data parallelism alone would train faster."""
     layout = plan.layout
-    if layout.tensor == layout.pipe == 1 or question.batch_size % layout.num_devices:
+    if layout.tensor * layout.pipe * layout.context == 1 or question.batch_size % layout.num_devices:
         return
     alone = Layout(
         data=layout.num_devices,

@@ -55,6 +55,11 @@ def legal_contexts(*, num_devices: int, num_tokens: int) -> tuple[int, ...]:
     return tuple(found)
 
 
+def expert_sizes(model: ModelConfig, *, data: int) -> list[int]:
+    """Return the numbers of data shards that may split the experts; of a dense model 1 alone."""
+    return [parts for parts in _divisors(data) if model.num_experts % parts == 0] if model.num_experts else [1]
+
+
 def device_counts(topology: Topology, *, counts: Literal["few", "powers"] = "few") -> tuple[int, ...]:
     """Return the numbers of devices on which a search tries meshes, in ascending order.
 
@@ -129,8 +134,7 @@ def _meshes_of_contexts(model: ModelConfig, *, num_devices: int, contexts: tuple
 
 def _splits_of_weights(model: ModelConfig, *, data: int, context: int) -> Iterator[tuple[ZeroStage, int]]:
     """Yield how much is split over data, and the devices of data that split the experts."""
-    experts = [parts for parts in _divisors(data) if model.num_experts % parts == 0] if model.num_experts else [1]
-    for expert in experts:
+    for expert in expert_sizes(model, data=data):
         yield 0, expert
         if data * context > expert:
             yield 2, expert

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..layers import ModelConfig
-from ..layers.context.choice import choose_context_attention
 from ..meshes.notebook import table_html
 from .costs.inference_time import InferenceTime
 from .costs.layout import Layout
@@ -119,9 +118,7 @@ def step_traffic(model: ModelConfig, *, layout: Layout, num_tokens: int, runtime
         num_chunks=layout.chunks,
         layers_per_stage=stage_layers(model, layout, runtime=runtime),
         vocab=runtime.vocab,
-        context_attention=choose_context_attention(
-            model, tensor=layout.tensor, context=layout.context, asked=layout.context_attention
-        ),
+        context_attention=layout.way_to_attend(model),
         placement=find_placement(model, layout=layout, num_tokens=num_tokens, runtime=runtime),
     )
     return minimum_bytes(sizes)

@@ -3,13 +3,14 @@
 Every suggestion has been priced. `diagnoses.py` names the mistakes and takes its fixes from here.
 """
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from ..meshes import MeshSpec
 from .costs.layout import Layout
-from .legal_layouts import legal_meshes
+from .legal_layouts import expert_sizes, legal_meshes
 from .plan import Plan
 from .training_search import TrainQuestion, layout_memory, price_layout
 
@@ -48,8 +49,9 @@ def suggest_smaller(question: TrainQuestion, plan: Plan) -> Suggestion:
     """Return the change of one key that saves most memory, else the mesh of these devices that needs least."""
     layout = plan.layout
     changes = [replace(layout, remat="full")]
-    if layout.data > 1:
+    if layout.data * layout.context > 1:
         changes += [replace(layout, zero=zero) for zero in (1, 2, 3) if zero > layout.zero]
+    changes += [replace(layout, expert=parts) for parts in expert_sizes(question.model, data=layout.data)]
     if layout.sequences > 1:
         changes.append(replace(layout, sequences=1, microbatches=layout.microbatches * layout.sequences))
     meshes = [one for mesh in _meshes(question, layout) for one in _on_mesh(question, layout, mesh)]
@@ -73,9 +75,9 @@ def narrower_tensor(question: TrainQuestion, layout: Layout) -> Iterator[Layout]
 
 def closer_experts(question: TrainQuestion, layout: Layout) -> Iterator[Layout]:
     """Yield this layout with a smaller expert axis whose groups lie within nodes."""
-    for parts in range(1, layout.expert):
-        is_even = question.model.num_experts % parts == 0 and layout.data % parts == 0
-        if is_even and question.topology.devices_per_node % (layout.tensor * layout.context * parts) == 0:
+    node = question.topology.devices_per_node
+    for parts in expert_sizes(question.model, data=layout.data):
+        if parts < layout.expert and node % (layout.tensor * layout.context * parts) == 0:
             yield replace(layout, expert=parts)
 
 
@@ -157,15 +159,20 @@ def _meshes(question: TrainQuestion, layout: Layout) -> Iterator[MeshSpec]:
 
 
 def _on_mesh(question: TrainQuestion, layout: Layout, mesh: MeshSpec) -> Iterator[Layout]:
-    """Yield the layout on another mesh, with as many sequences per microbatch or one; by 1F1B if it must."""
+    """Yield the layout on another mesh, with as many sequences per microbatch or one; by 1F1B if it must.
+
+    Of a mixture of experts with every size of the expert axis.
+    """
     shard = question.batch_size // mesh.data
-    for sequences in {math.gcd(layout.sequences, shard), 1}:
+    choices = itertools.product({math.gcd(layout.sequences, shard), 1}, expert_sizes(question.model, data=mesh.data))
+    for sequences, expert in choices:
         count = shard // sequences
         keeps = _can_keep(question, layout, mesh, count)
         yield Layout(
             data=mesh.data,
             tensor=mesh.tensor,
             pipe=mesh.pipe,
+            expert=expert,
             context=layout.context,
             context_attention=layout.context_attention if mesh.tensor == layout.tensor else "auto",
             schedule=layout.schedule if keeps else "1f1b",
@@ -175,6 +182,7 @@ def _on_mesh(question: TrainQuestion, layout: Layout, mesh: MeshSpec) -> Iterato
             remat=layout.remat,
             zero=layout.zero if mesh.data * layout.context > 1 else 0,
             gathers=layout.gathers,
+            offload="none" if layout.offload == "residuals" and mesh.pipe == 1 else layout.offload,
             max_in_flight=layout.max_in_flight if keeps else None,
         )
 

@@ -9,6 +9,7 @@ from ..meshes import RunError
 from ..meshes.processes.messages import is_first, text_of_first
 from .evaluate import validate, validate_sets
 from .metrics import NO_SCHEDULE, MetricsLog, NoLog, Summary, draw_loss, read_metrics, read_summary, write_summary
+from .metrics.expert_load import explain_load
 from .metrics.log import set_metrics
 from .metrics.plateau import PLATEAU
 from .metrics.summary import keep_throughput
@@ -57,6 +58,8 @@ def finish_run(run: Run, taken: StepsTaken, *, log: MetricsLog | NoLog, stop: St
         write_summary(summary)
         draw_loss(folder)
     saver.folder.check()
+    if is_first() and (load := explain_load(read_metrics(folder), run.config.model)):
+        run.say(load)
     check_last_validation(val_loss, step=step, folder=folder)
     return summary
 

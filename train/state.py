@@ -123,8 +123,9 @@ class Setup:
     @property
     def context_attention(self) -> Way:
         """How context ranks attend to each other's tokens."""
-        own = {"tensor": self.sizes.tensor, "context": self.sizes.context}
-        return choose_context_attention(self.config.model, asked=self.config.pipeline.context_attention, **own)
+        sizes, pipeline = self.sizes, self.config.pipeline
+        how: dict[str, Any] = {"remat": pipeline.remat, "asked": pipeline.context_attention}
+        return choose_context_attention(self.config.model, tensor=sizes.tensor, context=sizes.context, **how)
 
     @property
     def placement(self) -> Placement:

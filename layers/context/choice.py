@@ -7,10 +7,12 @@ c ranks, in units of T H (c - 1) / c:
     gather       2 K                 4 K                                          48       48       48
     gather-once  2 K                 2 K                                          32       32       32
     ulysses      2 (N + K) / c       2 (N + K) / c                                80       40       20
+      remat      2 (N + K) / c       4 (N + K) / c                               120       60       30
 
 "gather" gathers again in the backward, so that a layer keeps the keys of its own tokens alone; "gather-once" keeps
 those of all tokens, 2 K H T numbers of each microbatch in flight in place of 2 K H T / c. So "auto" does not choose it;
-the planner does where memory allows. Heads must divide to be exchanged.
+the planner does where memory allows. Heads must divide to be exchanged; where a layer is rematerialized, its backward
+exchanges them again.
 """
 
 from typing import Literal, get_args
@@ -27,13 +29,16 @@ ContextAttention = Literal["auto", "gather", "gather-once", "ulysses"]
 
 
 def choose_context_attention(
-    config: ModelConfig, *, tensor: int, context: int, asked: ContextAttention = "auto"
+    config: ModelConfig, *, tensor: int, context: int, remat: str, asked: ContextAttention = "auto"
 ) -> Way:
     """Return how attention is computed over `context` ranks, of a model split over `tensor`.
 
-    >>> config = ModelConfig(vocab_size=256, num_layers=2, hidden_size=64, num_heads=8, num_kv_heads=2)
-    >>> choose_context_attention(config, tensor=1, context=2)
-    'gather'
+    >>> config = ModelConfig(vocab_size=256, num_layers=2, hidden_size=64, num_heads=8)
+    >>> [choose_context_attention(config, tensor=1, context=2, remat=remat) for remat in ("none", "dots")]
+    ['ulysses', 'gather']
+
+    Args:
+        remat: what the layers recompute, which decides how often heads are exchanged.
 
     Raises:
         ModelError: heads are to be exchanged and do not divide, or `asked` is not one of the choices.
@@ -49,7 +54,7 @@ def choose_context_attention(
         )
     if asked != "auto":
         return asked
-    gathered, exchanged = gathered_numbers(kv_heads), exchanged_numbers(heads, kv_heads, context)
+    gathered, exchanged = gathered_numbers(kv_heads), exchanged_numbers(heads, kv_heads, context=context, remat=remat)
     return "ulysses" if divides and sum(exchanged) < sum(gathered) else "gather"
 
 
@@ -67,6 +72,12 @@ def kept_ranks(how: ContextAttention, *, context: int, remat: str) -> int:
     return context if how == "gather-once" and remat != "full" else 1
 
 
-def exchanged_numbers(heads: int, kv_heads: int, context: int) -> tuple[float, float]:
+def exchanged_numbers(heads: int, kv_heads: int, *, context: int, remat: str) -> tuple[float, float]:
     """Return what an exchange sends forward and backward, in the units of this file."""
-    return 2 * (heads + kv_heads) / context, 2 * (heads + kv_heads) / context
+    once = 2 * (heads + kv_heads) / context
+    return once, once * exchanges_of_backward(remat)
+
+
+def exchanges_of_backward(remat: str) -> int:
+    """Return how often a backward exchanges heads: for the gradients, and once more where the forward is repeated."""
+    return 1 if remat == "none" else 2

@@ -6,7 +6,8 @@ What encloses no product was read in programs that were compiled for H200 (8B, c
     gather-once   forward: the same                        backward: the reduce-scatter, beside products
     ulysses       forward: heads there and back, exposed   backward: both twice, once exposed, once beside products
 
-With remat="full" a gather is repeated in any case.
+With remat="none" no exchange is repeated. With remat="full" the forward that is repeated sends what the backward would
+send again, and `layer_time.py` prices it there: counted in compiled programs, one gather or exchange more in all.
 
 Read `layer_time.py` next, and `../../layers/context/choice.py` for the ways.
 """
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 
 from ...layers import ModelConfig
 from ...layers.attention.counts import attention_widths
-from ...layers.context.choice import choose_context_attention, kept_ranks
+from ...layers.context.choice import exchanges_of_backward, kept_ranks
 from ..machines.collective_time import collective_time_s, make_group
 from ..machines.topology import Topology
 from .layout import Layout
@@ -43,15 +44,15 @@ def context_time(
     group = make_group(topology, size=layout.context, stride=layout.tensor)
     own, widths = size.sequences * size.queries * item_bytes(model), attention_widths(model, tensor=layout.tensor)
     keys = widths.key + widths.value
-    sizes = {"tensor": layout.tensor, "context": layout.context}
-    how = choose_context_attention(model, asked=layout.context_attention, **sizes)
+    how = layout.way_to_attend(model)
     if how != "ulysses":
         # Keys and values of the whole sequences; the reduce-scatter of their gradients sends as much.
         sent = collective_time_s("all_gather", num_bytes=own * layout.context * keys, group=group, topology=topology)
-        times = 1 if kept_ranks(how, context=layout.context, remat=layout.remat) > 1 else 2
-        return ContextTime(forward=sent, backward=max(0.0, times * sent - beside))
+        is_once = layout.remat == "full" or kept_ranks(how, context=layout.context, remat=layout.remat) > 1
+        return ContextTime(forward=sent, backward=max(0.0, (1 if is_once else 2) * sent - beside))
     sent = sum(
         collective_time_s("all_to_all", num_bytes=own * width, group=group, topology=topology)
         for width in (widths.query + keys, widths.mixed)
     )
-    return ContextTime(forward=sent, backward=sent + max(0.0, sent - beside))
+    times = 1 if layout.remat == "full" else exchanges_of_backward(layout.remat)
+    return ContextTime(forward=sent, backward=sent + max(0.0, (times - 1) * sent - beside))

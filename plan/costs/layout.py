@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from ...layers.context.choice import ContextAttention
+from ...layers import ModelConfig
+from ...layers.context.choice import ContextAttention, Way, choose_context_attention
 from ...meshes import Axis, MeshSpec, PlanError
 from ...meshes.arguments import check_fields
 from ...meshes.divisibility import check_divides
@@ -85,6 +86,11 @@ class Layout:
             more["context"] = Axis(self.context, role="context")
         data = self.data // self.expert * self.fsdp
         return MeshSpec(data=data, tensor=self.tensor, pipe=self.pipe, axes=more)
+
+    def way_to_attend(self, model: ModelConfig) -> Way:
+        """Return how context ranks attend to each other's tokens."""
+        sizes = {"tensor": self.tensor, "context": self.context}
+        return choose_context_attention(model, remat=self.remat, asked=self.context_attention, **sizes)
 
     @property
     def num_devices(self) -> int:

@@ -39,6 +39,9 @@ _FLOAT32 = 4
 _SUMMED: tuple[Role, ...] = ("batch", "shard", "expert", "context")
 """Roles of the axes over which gradients are summed."""
 
+_SUMMED_OF_EXPERTS: tuple[Role, ...] = ("batch", "shard", "context")
+"""Those of experts, which differ along the axis of that name."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepSizes:
@@ -162,8 +165,8 @@ def explain_ratios(sizes: StepSizes, *, shard: Shard = "none", remat: Remat = "d
         again = "with remat='full' the forward that the backward repeats gathers keys and values again"
         found.append(f"{mesh.label('context')}: {again}; 1.5 times the minimum.")
     elif mesh.context > 1 and sizes.context_attention == "ulysses" and remat != "none":
-        what = "what the forward has sent" if remat == "full" else "the exchanges before attention"
-        found.append(f"{mesh.label('context')}: with remat={remat!r} the backward repeats {what}.")
+        again = f"with remat={remat!r} the backward repeats the exchanges of the forward"
+        found.append(f"{mesh.label('context')}: {again}; 1.5 times the minimum.")
     over = mesh.label(*_SUMMED)
     if sizes.shards > 1 and shard in ("chunk", "layer"):
         when = "every microbatch" if shard == "layer" else "each run of microbatches of a chunk"
@@ -182,10 +185,11 @@ def _gradients(sizes: StepSizes, rank: int) -> Iterator[tuple[str, float]]:
         yield mesh.label(*_SUMMED), num_layers * _updated(sizes, 0, own, over=sizes.shards)
         return
     for kind, num_layers in sizes.kinds_of(rank):
-        # Experts are summed over data alone, all else over expert too.
+        # Experts are summed over data x context alone, all else over expert too.
         experts = expert_matrices(kind, **split)
         own, matrices = (count(kind, **split) - experts for count in (block_params, block_matrices))
-        yield mesh.label("batch"), num_layers * _updated(sizes, experts, 0, over=mesh.data // mesh.expert)
+        copies = sizes.shards // mesh.expert
+        yield mesh.label(*_SUMMED_OF_EXPERTS), num_layers * _updated(sizes, experts, 0, over=copies)
         whole = 0
         if sizes.is_sequence_parallel:
             # Of own = split / t + whole and the parameters of one device, split + whole: norms and biases, say.

@@ -32,7 +32,7 @@ class Case:
     experts: OnOff = "off"
     packed: OnOff = "off"
     sequence: OnOff = "off"
-    shard: Literal["none", "step", "layer"] = "none"
+    shard: Literal["none", "step", "chunk", "layer"] = "none"
     vocab: Literal["ends", "split"] = "ends"
     remat: Remat = "none"
     num_chunks: int = 1
@@ -85,6 +85,8 @@ MORE_CASES = (
     Case(mesh="data=2,context=2,pipe=2", shard="step", vocab="split"),
     Case(mesh="data=2,context=2,pipe=2", shard="layer", packed="on", schedule="interleaved-1f1b", num_chunks=2),
     Case(mesh="context=4,pipe=2", shard="layer", remat="full"),
+    Case(mesh="context=4,pipe=2", shard="chunk", packed="on", schedule="interleaved-1f1b", num_chunks=2),
+    Case(mesh="context=2,expert=2,pipe=2", experts="on", shard="chunk", schedule="zb-v", num_chunks=2),
     Case(mesh="context=2,tensor=2,pipe=2", context="gather-once", remat="dots", sequence="on", packed="on"),
     Case(mesh="context=4,pipe=2", context="gather-once", schedule="zb-h1", style="qwen"),
     Case(mesh="context=2,pipe=2", context="gather-once", schedule="zb-v", num_chunks=2, window=3, remat="full"),

@@ -91,16 +91,29 @@ def test_a_gather_that_is_kept_sends_the_least_and_keeps_all_keys(schedule: str,
     assert more == pytest.approx(LAYERS * 2 * (kept - own), rel=0.02)
 
 
-def test_an_exchange_sends_what_the_formula_says() -> None:
-    extra = f"{WIDE} --pipeline.context_attention ulysses --mesh.context 2 --pipeline.remat none"
+@pytest.mark.parametrize("remat", ["none", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dots", "full"))])
+def test_an_exchange_sends_what_the_formula_says(remat: str) -> None:
+    extra = f"{WIDE} --pipeline.context_attention ulysses --mesh.context 2 --pipeline.remat {remat}"
     setup, report = setup_of("1x1x2", extra), report_of("1x1x2", extra)
     model = setup.config.model
     heads = model.query_size + model.kv_size
     # Forward and backward: queries, keys, values and outputs, of half the tokens, half of each to the other rank.
     once = 2 * 8 * (SEQ // 2) * heads * 4 // 2 * LAYERS * M
-    assert sent_over("context", report)["all-to-all"] == 2 * once
+    # A backward that recomputes the layer exchanges its heads once more.
+    assert sent_over("context", report)["all-to-all"] == (2 if remat == "none" else 3) * once
+    assert any("repeats the exchanges" in note for note in report.notes) == (remat != "none")
     assert "gathers keys" not in "".join(report.notes)
     assert step_sizes(setup).context_attention == "ulysses"
+
+
+@pytest.mark.slow
+def test_gradients_of_experts_are_in_the_minimum_over_context() -> None:
+    """Kept keys, sent once each way, and float32 gradients of experts: nothing else is sent over context alone."""
+    words = "--mesh.expert 2 --mesh.context 2 --pipeline.context_attention gather-once --pipeline.remat none"
+    (row,) = (
+        one for one in report_of("1x1x1", words, "tiny-moe").traffic if one.axis == "context" and one.minimum_bytes
+    )
+    assert row.bytes == pytest.approx(row.minimum_bytes, rel=0.01)
 
 
 def test_a_step_has_no_array_of_all_scores() -> None:
@@ -123,16 +136,29 @@ def test_work_of_a_device_is_that_of_one_device_divided() -> None:
 
 def test_auto_takes_what_sends_less_and_divides() -> None:
     mha, gqa, mqa = (small_model(attention=attention) for attention in ("mha", "gqa", "mqa"))
+    models, contexts = {"mha": mha, "gqa": gqa, "mqa": mqa}, (2, 4, 8)
     found = {
-        (name, context): choose_context_attention(model, tensor=1, context=context)
-        for name, model in (("mha", mha), ("gqa", gqa), ("mqa", mqa))
-        for context in (2, 4, 8)
+        (remat, name): [choose_context_attention(model, tensor=1, context=c, remat=remat) for c in contexts]
+        for remat in get_args(Remat)
+        for name, model in models.items()
     }
-    # 8 query heads and 8, 4 or 1 of keys: 4 (N + K) / c against 6 K.
+    # 8 query heads and 8, 4 or 1 of keys: 4 (N + K) / c against 6 K, and 6 (N + K) / c where a layer is recomputed.
+    gather, ulysses = "gather", "ulysses"
     assert found == {
-        **{("mha", context): "ulysses" for context in (2, 4, 8)},
-        ("gqa", 2): "gather",
-        ("gqa", 4): "ulysses",
-        ("gqa", 8): "gather",
-        **{("mqa", context): "gather" for context in (2, 4, 8)},
+        ("none", "mha"): [ulysses, ulysses, ulysses],
+        ("none", "gqa"): [gather, ulysses, gather],
+        **{(remat, "mha"): [gather, ulysses, ulysses] for remat in ("dots", "full")},
+        **{(remat, "gqa"): [gather, ulysses, gather] for remat in ("dots", "full")},
+        **{(remat, "mqa"): [gather, gather, gather] for remat in get_args(Remat)},
     }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("heads", "remat"), [(4, "none"), (4, "dots")])
+def test_auto_sends_the_least_as_compiled(heads: int, remat: str) -> None:
+    extra = f"{WIDE} --model.num_kv_heads {heads} --mesh.context 2 --pipeline.remat {remat}"
+    sent = {
+        how: sum(sent_over("context", report_of("1x1x2", f"{extra} --pipeline.context_attention {how}")).values())
+        for how in ("gather", "ulysses", "auto")
+    }
+    assert sent["auto"] == min(sent.values())

@@ -26,7 +26,7 @@ class Case:
     microbatches: int = 2
     layers: tuple[int, ...] = ()
     sequence: Literal["on", "off"] = "off"
-    shard: Literal["none", "step", "layer"] = "none"
+    shard: Literal["none", "step", "chunk", "layer"] = "none"
     vocab: Literal["ends", "split"] = "ends"
 
     def __str__(self) -> str:
@@ -47,6 +47,7 @@ MORE_CASES = (
     Case("data=2,tensor=2,pipe=2", "zb-h1", 3, sequence="on", shard="step"),
     Case("expert=2,tensor=2,pipe=2", "interleaved-1f1b", 4, layers=(2, 1, 2, 3)),
     Case("data=2,expert=2,pipe=2", "zb-v", 3, layers=(2, 2, 1, 3)),
+    Case("data=2,expert=2,pipe=2", "zb-v", 3, layers=(2, 2, 1, 3), shard="chunk"),
     Case("expert=4,pipe=2", "v-half", 4, layers=(1, 3, 3, 1)),
     Case("context=2,expert=2,pipe=2", "1f1b", 2),
 )

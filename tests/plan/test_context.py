@@ -1,6 +1,7 @@
 """The planner keeps context as a config has it, counts its traffic, and divides what tokens take."""
 
-from typing import Any
+import itertools
+from typing import Any, cast
 
 import pytest
 from trellax.configs import load_config
@@ -60,6 +61,26 @@ def test_keys_that_are_kept_take_memory_and_less_time() -> None:
     size = LayerSize(sequences=2, queries=128, keys=512, tensor=1)
     twice, once = (context_time(MODEL, size=size, layout=layout, topology=topology, beside=0.0) for layout in layouts)
     assert once.forward == once.backward == twice.forward == twice.backward / 2
+
+
+def test_a_backward_waits_once_for_what_rematerialization_sends_again() -> None:
+    """Seconds of a layer, where no product hides any: compiled programs send 3 times with a gather, and 2 or 3 else."""
+    topology, size = read_topology("h200x8"), LayerSize(sequences=2, queries=256, keys=512, tensor=1)
+    times: dict[tuple[str, str], float] = {}
+    for how, remat in itertools.product(("gather", "gather-once", "ulysses"), ("none", "dots", "full")):
+        layout: Any = Layout(context=2, sequences=2, context_attention=cast("Any", how), remat=cast("Any", remat))
+        own = context_time(MODEL, size=size, layout=layout, topology=topology, beside=0.0)
+        # As `layer_time` adds the forward that "full" repeats.
+        times[how, remat] = ((2 if remat == "full" else 1) * own.forward + own.backward) / own.forward
+    assert times == pytest.approx(
+        {
+            **{("gather", remat): 3 for remat in ("none", "dots", "full")},
+            **{("gather-once", remat): 2 for remat in ("none", "dots")},
+            ("gather-once", "full"): 3,
+            ("ulysses", "none"): 2,
+            **{("ulysses", remat): 3 for remat in ("dots", "full")},
+        }
+    )
 
 
 def test_layouts_of_a_search_have_the_context_that_is_asked_for() -> None:

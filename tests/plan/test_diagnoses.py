@@ -9,7 +9,7 @@ from trellax.plan.diagnoses import Diagnosis, diagnose
 from trellax.plan.machines.topology import read_topology
 from trellax.plan.training_search import TrainQuestion, price_layout
 
-from .models import GPT2, LLAMA_8B
+from .models import GPT2, LLAMA_8B, QWEN3_30B
 from .test_experts import MODEL
 
 CASES = {
@@ -61,6 +61,21 @@ def test_experts_over_several_nodes_are_found_with_a_smaller_axis() -> None:
     assert diagnosis.change["mesh.expert"] in (1, 2, 4, 8)
     assert diagnosis.change["mesh.data"] == 16 // diagnosis.change["mesh.expert"]
     assert "experts-across-nodes" not in found("h100x16/8", replace(layout, expert=8), EXPERTS, 512)
+
+
+def test_experts_that_do_not_fit_are_split_over_more_devices() -> None:
+    diagnosis = found("h100x8", Layout(data=8, microbatches=8, remat="full", zero=3), QWEN3_30B, 4096)["out-of-memory"]
+    assert diagnosis.change == {"mesh.data": 1, "mesh.expert": 8}
+
+
+def test_a_mesh_with_a_smaller_tensor_axis_has_its_own_expert_axis() -> None:
+    layout = Layout(data=2, expert=2, tensor=8, microbatches=32, remat="full", zero=1)
+    change = found("h100x16", layout, QWEN3_30B, 4096)["tensor-too-wide"].change
+    assert (change["mesh.tensor"], change["mesh.expert"]) == (1, 8)
+
+
+def test_context_of_a_sequence_that_one_device_holds_is_needless() -> None:
+    assert "needless-parallelism" in found("h100x8", Layout(context=8, microbatches=64), GPT2, 1024)
 
 
 def test_shards_of_a_batch_are_named_by_the_axes_of_the_mesh() -> None:

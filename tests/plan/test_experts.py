@@ -14,6 +14,7 @@ from trellax.plan.costs.layout import Layout
 from trellax.plan.costs.memory_model import fullest, step_memory
 from trellax.plan.costs.minimum_traffic import StepSizes, minimum_bytes
 from trellax.plan.costs.runtime import TRELLAX
+from trellax.plan.costs.update_time import update_time
 from trellax.plan.legal_layouts import legal_layouts
 from trellax.plan.machines.collective_time import Group, collective_time_s
 from trellax.plan.machines.topology import read_topology
@@ -69,6 +70,26 @@ def test_least_traffic_is_every_pair_there_and_back_twice() -> None:
     # Experts over data alone, in float32 there and bfloat16 back; all else over data and expert.
     assert found["data"] == 6 * MODEL.num_layers * expert_matrices(MODEL, tensor=1, expert=4) / 2
     assert set(found) == {"expert", "data", "data+expert"}
+
+
+def test_gradients_of_experts_are_summed_over_context_too() -> None:
+    """Devices of context hold other tokens, as those of data do, and the same experts."""
+    given: dict[str, Any] = {"model": MODEL, "num_microbatches": 3, "num_sequences": 2, "num_tokens": 512}
+    found = minimum_bytes(StepSizes(mesh=MeshSpec.parse("expert=2,context=2"), **given))
+    over_data = minimum_bytes(StepSizes(mesh=MeshSpec.parse("data=2,expert=2"), **given))["data"]
+    # Keys and values, half of 512 tokens of 2 sequences to the other rank, there and back.
+    keys = 2 * (2 * 256 * 2 * 256 * 2) * MODEL.num_layers * 3
+    assert found["context"] == over_data + keys
+    assert set(found) == {"context", "expert", "expert+context"}
+
+
+def test_time_of_the_update_has_gradients_of_experts_over_context() -> None:
+    topology, layers = read_topology("h200x8/8"), ((MODEL, 4),)
+    given: dict[str, Any] = {"runtime": TRELLAX, "topology": topology, "layers": layers, "ends": ()}
+    over_data, over_context = (
+        update_time(MODEL, layout=Layout(data=data, context=4 // data, expert=2), **given).reduce for data in (4, 2)
+    )
+    assert over_context == pytest.approx(over_data)
 
 
 def test_search_splits_experts_over_devices_that_divide_both() -> None:

@@ -34,18 +34,11 @@ LLAMA_405B = (
 pytestmark = pytest.mark.cuda
 
 
-RUN = """
-import argparse, sys
-from trellax.configs import load_config
-from trellax.commands.inspect import run_inspect
-hlo, config, target, *overrides = sys.argv[1:]
-run_inspect(load_config(config, overrides), argparse.Namespace(target=target, json=True, hlo=hlo or None, png=None))
-"""
-
-
 def inspect(words: str, *, hlo: str = "", xla_flags: str = "") -> dict[str, object]:
     """The command's JSON, from a process of its own: a target is chosen before jax starts."""
-    command = [sys.executable, "-c", RUN, hlo, *words.split()]
+    config, target, *overrides = words.split()
+    files = ["--hlo", hlo] if hlo else []
+    command = [sys.executable, "-m", "trellax", "inspect", config, "--target", target, "--json", *files, *overrides]
     env = clean_env(xla_flags=xla_flags)
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

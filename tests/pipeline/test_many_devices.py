@@ -1,4 +1,4 @@
-"""Meshes of four and five axes on sixteen devices equal one device, in a process of their own."""
+"""Meshes of four axes on 16 devices and of five on 32 equal one device, in a process of their own."""
 
 import json
 import os
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from trellax.meshes import MeshSpec
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,14 +24,17 @@ CASES: tuple[dict[str, Any], ...] = (
     {"mesh": "context=4,tensor=2,pipe=2", "schedule": "interleaved-1f1b", "num_chunks": 2, "packed": "on"},
     {"mesh": "context=2,expert=2,tensor=2,pipe=2", "experts": "on", "sequence": "on"},
     {"mesh": "data=2,context=2,expert=2,pipe=2", "experts": "on", "schedule": "zb-v", "num_chunks": 2},
+    {"mesh": "data=2,context=2,expert=2,tensor=2,pipe=2", "experts": "on", "sequence": "on", "shard": "layer"},
 )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["mesh"].replace(",", "-"))
-def test_sixteen_devices_equal_one(case: dict[str, Any]) -> None:
-    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=16")
-    env = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": f"{ROOT / '.src'}:{ROOT}"}
+def test_many_devices_equal_one(case: dict[str, Any]) -> None:
+    num_devices = MeshSpec.parse(case["mesh"]).num_devices
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={num_devices}")
+    # A thread for each device that waits, and some that work.
+    env = {**os.environ, "XLA_FLAGS": flags, "NPROC": f"{num_devices + 2}", "PYTHONPATH": f"{ROOT / '.src'}:{ROOT}"}
     command = [sys.executable, "-c", RUN, json.dumps(case)]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
