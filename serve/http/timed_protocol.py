@@ -53,13 +53,13 @@ class TimedProtocol(asyncio.Protocol):
         self._num_running = 0
         self._has_byte = self._is_lost = False
         self._num_unsent = 0
-        self._answered: RequestResponseCycle | None = None
+        self._begun: RequestResponseCycle | None = None
 
     @contextmanager
     def answering(self) -> Iterator[None]:
         """Stop the time while the application has a request; the next one may begin before this has ended."""
         self._stop_timer()
-        self._answered = self._inner.cycle
+        self._begun = self._inner.cycle
         self._num_running += 1
         try:
             yield
@@ -116,13 +116,13 @@ class TimedProtocol(asyncio.Protocol):
     def _expire(self) -> None:
         """Close the connection, unless the client is taking its answer; cut it where the client takes nothing."""
         # A whole head, for which the application has not been called yet: this process was late, not the client.
-        if self._inner.cycle is not self._answered:
+        if self._inner.cycle is not self._begun:
             return
         num_unsent = self._transport.get_write_buffer_size()
         if num_unsent and num_unsent == self._num_unsent:
             self._transport.abort()
             return
-        if self._num_unsent:
+        if self._num_unsent or self._transport.is_closing():
             self._wait_for_head()
             return
         if self._has_byte:
