@@ -310,10 +310,11 @@ class Engine:
 
     def _tell(self, added: list[ServedSequence]) -> None:
         """Call `on_token` for the new tokens of sequences, which are listed once for each."""
-        if self.on_token:
+        # Read once: another thread may take the callback away while this one calls it.
+        if on_token := self.on_token:
             num_left = Counter(added)
             for sequence in added:
-                self.on_token(sequence, sequence.tokens[-num_left[sequence]])
+                on_token(sequence, sequence.tokens[-num_left[sequence]])
                 num_left[sequence] -= 1
 
 

@@ -1,15 +1,16 @@
 """Send a server thousands of requests of mixed lengths, a tenth of which are broken off, and look for what leaks.
 
-Command:  python benchmarks/serving/run.py [--quick] [--requests N] [--clients 4,8] [--json] [-- words of the server]
-Time: 5 minutes on two idle cores.
+Command:  python benchmarks/serving/run.py [--quick] [--requests N] [--clients 8,4,8] [--json] [-- words of the server]
+Time: 2 minutes on two idle cores.
 
 `trellax serve` runs in a process of its own with a tiny Llama of 1,024 tokens and random weights. Clients send
 completions over loopback, each on a connection of its own, streaming: prompts of 1 to 500 tokens, a third of which
-begin alike, answers of 1 to 64 tokens. A tenth of the clients leave after 0 to 3 tokens; one more reads nothing.
-Each number of clients sends an equal share of the requests, one after another. A phase before the first one, which is
-not reported, fills caches.
+begin alike, answers of 1 to 64 tokens. A tenth of the clients leave after 0 to 3 tokens; one more reads nothing, and
+another one a line every half second. Each number of clients sends an equal share of the requests, one after another;
+the last number is the first one, so that their memories can be compared. A phase before the first one, which is not
+reported, fills caches.
 
-Tables go to stdout, progress to stderr. The exit code is 1 if a target is missed.
+Tables go to stdout, progress to stderr. If a target is missed, the exit code is 1, and stderr has what the server said.
 """
 
 import asyncio
@@ -103,7 +104,7 @@ class Server:
 def main() -> int:
     parser = make_parser(__doc__, quick="400 requests instead of 10,000")
     parser.add_argument("--requests", type=parse_count, default=10_000, help="number of requests (default 10,000)")
-    parser.add_argument("--clients", default="4,8,16,32", help="numbers of clients at a time (default 4,8,16,32)")
+    parser.add_argument("--clients", default="32,4,8,16,32", help="numbers of clients at a time (default 32,4,8,16,32)")
     parser.add_argument("words", nargs="*", help="further words for `trellax serve`, after --")
     arguments = parser.parse_args()
     count = 400 if arguments.quick else arguments.requests
@@ -113,7 +114,9 @@ def main() -> int:
             report = asyncio.run(soak(server, [int(word) for word in arguments.clients.split(",")], count))
         finally:
             code = server.stop()
-    targets = judge(report, code)
+        targets = judge(report, code)
+        if exit_code(targets):
+            tell("\n".join(line for line in server.log().splitlines() if not line.startswith("WARNING:jax")))
     if arguments.json:
         print_json(report, targets)
     else:
@@ -134,6 +137,7 @@ async def soak(server: Server, clients: list[int], count: int) -> dict[str, Any]
     await run_phase(server, Phase(max(clients)), rng, WARM_UP)
     compiled, start = server.log().count(COMPILED), server.memory_bytes()
     dead = await send(server, {**draw_body(rng), "max_tokens": MAX_ANSWER})
+    slow = asyncio.create_task(read_slowly(server, random.Random(1)))
     phases = []
     for number in clients:
         phase = Phase(number)
@@ -141,6 +145,7 @@ async def soak(server: Server, clients: list[int], count: int) -> dict[str, Any]
         tell(f"{number} clients: {dict(phase.outcomes)} in {phase.seconds:.0f} s")
         phases.append(phase)
     dead[1].close()
+    slow.cancel()
     gauges = await settle(server)
     return {
         "about": {"requests": count, "cpu_cores": os.cpu_count(), "jax": jax.__version__},
@@ -192,7 +197,14 @@ async def ask(server: Server, phase: Phase, body: dict[str, Any], leave_after: i
     """Send a request, and read its answer to the end, or leave after some events."""
     start_s, events, finished = time.perf_counter(), 0, False
     reader, writer = await send(server, body)
-    status = (await reader.readline()).decode().split()[1]
+    try:
+        first = (await reader.readline()).decode()
+    except ConnectionError:
+        first = ""
+    if not first:
+        phase.outcomes[f"refused by closing after {time.perf_counter() - start_s:.1f} s"] += 1
+        return
+    status = first.split()[1]
     while leave_after is None or events < leave_after:
         line = await reader.readline()
         if not line:
@@ -206,6 +218,17 @@ async def ask(server: Server, phase: Phase, body: dict[str, Any], leave_after: i
     phase.num_tokens += events
     left = leave_after is not None and not finished
     phase.outcomes["left" if left else "ended" if finished else f"refused {status}"] += 1
+
+
+async def read_slowly(server: Server, rng: random.Random) -> None:
+    """Ask again and again, and read a line every half second."""
+    while True:
+        reader, writer = await send(server, draw_body(rng))
+        try:
+            while await reader.readline():
+                await asyncio.sleep(0.5)
+        finally:
+            writer.close()
 
 
 async def settle(server: Server) -> dict[str, float]:
@@ -229,6 +252,7 @@ def describe(phase: Phase) -> dict[str, Any]:
         "events_per_s": phase.num_tokens / phase.seconds,
         "first_token_p50_ms": 1e3 * times[len(times) // 2],
         "first_token_p99_ms": 1e3 * times[int(0.99 * len(times))],
+        "first_token_longest_ms": 1e3 * times[-1],
         "memory_mib": phase.memory_bytes / MIB,
         "machine_load": phase.load,
     }
@@ -237,7 +261,8 @@ def describe(phase: Phase) -> dict[str, Any]:
 def judge(report: dict[str, Any], code: int) -> list[Target]:
     """Compare what was measured with what a server without leaks would show."""
     refused = sum(n for one in report["phases"] for name, n in one["outcomes"].items() if name.startswith("refused"))
-    # The first phase still fills pools of threads and of memory.
+    # The first phase has as many clients as the last, and fills pools of threads and of memory: what C libraries free
+    # stays in glibc's arenas, which grow to the most that is in use at a time, and no further.
     growth = report["phases"][-1]["memory_mib"] / report["phases"][0]["memory_mib"]
     assert report["compiled_at_start"], "the server does not say what it compiles"
     return [
@@ -247,7 +272,7 @@ def judge(report: dict[str, Any], code: int) -> list[Target]:
         Target.at_most("answers that have not ended", report["answers_open"], 0),
         Target.at_most("requests refused", refused, 0),
         Target.at_most("tracebacks", report["tracebacks"], 0),
-        Target.at_most("memory after the last phase over that after the first", growth, 1.05),
+        Target.at_most("memory after the last phase over that after the first", growth, 1.005),
         Target.at_most("exit code after SIGTERM", code, 0),
     ]
 
@@ -261,6 +286,7 @@ def print_report(report: dict[str, Any], targets: list[Target]) -> None:
         "events_per_s": "events/s",
         "first_token_p50_ms": "first token, p50 ms",
         "first_token_p99_ms": "first token, p99 ms",
+        "first_token_longest_ms": "first token, longest ms",
         "memory_mib": "memory, MiB",
         "machine_load": "load of the machine",
     }

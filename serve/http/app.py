@@ -134,8 +134,6 @@ class _Guard:
 
         async def count(message: Message) -> None:
             if message["type"] == "http.response.start":
-                if connection:
-                    connection.mark_answered()
                 message["headers"] = [*message["headers"], (b"x-request-id", f"req_{uuid.uuid4().hex}".encode())]
                 # Paths of the application alone: a client may make up any number of others.
                 path = "other" if message["status"] in {401, 404} else scope["path"]

@@ -17,7 +17,7 @@ from .connection import run_while_connected
 from .errors import HttpError, error_body, status_of
 from .service import Limits
 
-_LAST_S = 5.0
+_LAST_S = 30.0
 """Most seconds for a client to take the last event of a stream."""
 
 

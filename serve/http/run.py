@@ -54,7 +54,7 @@ def run_server(service: Service, bound: socket.socket, *, on_ready: Callable[[],
 
 def uvicorn_config(service: Service) -> uvicorn.Config:
     """Return the settings of uvicorn: what reaches no application is refused or ended as the rest is."""
-    protocol: Any = functools.partial(TimedProtocol, head_s=service.limits.head_s)
+    protocol: Any = functools.partial(TimedProtocol, head_s=service.limits.head_s, idle_s=service.limits.idle_s)
     return uvicorn.Config(
         build_app(service),
         http=protocol,
@@ -63,7 +63,8 @@ def uvicorn_config(service: Service) -> uvicorn.Config:
         log_level="warning",
         access_log=False,
         server_header=False,
-        timeout_keep_alive=10,
+        # The protocol closes idle connections itself, before uvicorn would.
+        timeout_keep_alive=1 + round(2 * service.limits.idle_s),
         timeout_graceful_shutdown=_CLOSE_S,
     )
 

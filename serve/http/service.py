@@ -30,7 +30,12 @@ class Limits:
 
     Args:
         body_bytes: the longest body.
-        head_s: most seconds in which the headers must arrive, and a client must take a part of the rest of its answer.
+        idle_s: most seconds from the connection, or the end of an answer, to the first byte of the next request.
+            Closing while a client sends leaves that request without an answer, and a client may not send a POST again
+            by itself; so it is longer than others keep connections that they do not use: httpx 5 s, aiohttp 15 s, load
+            balancers 60 s, Go 90 s.
+        head_s: most seconds from the first byte of a request to the end of its headers, and in which a client must take
+            a part of the rest of its answer.
         body_s: most seconds in which the body must arrive.
         answer_s: most seconds from a request to the end of its answer.
         choices: most choices of a request, prompts x n.
@@ -40,7 +45,8 @@ class Limits:
     """
 
     body_bytes: int = 4 << 20
-    head_s: float = 10.0
+    idle_s: float = 120.0
+    head_s: float = 30.0
     body_s: float = 30.0
     answer_s: float = 600.0
     choices: int = 64
@@ -48,7 +54,7 @@ class Limits:
     def __post_init__(self) -> None:
         for name in ("body_bytes", "choices"):
             check_count(name, getattr(self, name), error=ServeError)
-        for name in ("head_s", "body_s", "answer_s"):
+        for name in ("idle_s", "head_s", "body_s", "answer_s"):
             if not getattr(self, name) > 0:
                 raise ServeError(f"{name}={getattr(self, name)} is no time to wait.", fix="give seconds above 0.")
 

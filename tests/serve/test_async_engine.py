@@ -72,6 +72,14 @@ def test_a_cancelled_slot_is_free_after_one_step(engine: Engine) -> None:
     assert {sequence.finish_reason for sequence in sequences} == {"cancelled"}
 
 
+def test_a_callback_may_be_taken_away_while_it_is_called(engine: Engine) -> None:
+    def take_away(*_: object) -> None:
+        engine.on_token = None
+
+    engine.on_token = take_away
+    assert engine.generate([LONG])[0].tokens == answer_of(model_of("llama"), LONG)[0]
+
+
 def test_cancelling_an_ended_request_changes_nothing(engine: Engine) -> None:
     sequence = engine.submit(REQUESTS[0])
     while not engine.scheduler.is_idle:

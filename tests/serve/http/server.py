@@ -76,6 +76,10 @@ class Server:
         """Number of connections that are open."""
         return len(self._http.server_state.connections)
 
+    def stall(self, seconds: float) -> None:
+        """Let the server do nothing for some seconds, as on a machine that is too busy."""
+        self._http.servers[0].get_loop().call_soon_threadsafe(time.sleep, seconds)
+
     def shrink_buffers(self) -> None:
         """Let the system take little of what the next clients do not read."""
         self._listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
@@ -108,12 +112,19 @@ class Server:
         lines = self.ask("/metrics")[1].splitlines()
         return next(float(line.split()[1]) for line in lines if line.startswith(f"trellax_{name} "))
 
+    def wait_until_idle(self) -> None:
+        """Wait until no answer is open and no slot in use."""
+        end_s = time.monotonic() + 30
+        while self.gauge("answers_open") or self.gauge("slots_used"):
+            assert time.monotonic() < end_s, "a slot leaks"
+            time.sleep(0.01)
+
 
 @contextmanager
-def slow_tokens() -> Iterator[None]:
-    """Make a long answer take half a second at least, however fast the machine is."""
+def slow_tokens(seconds: float = 0.005) -> Iterator[None]:
+    """Make a token take so long at least, however fast the machine is: a long answer half a second."""
     engine = shared_engine()
-    engine.on_token = lambda *_: time.sleep(0.005)
+    engine.on_token = lambda *_: time.sleep(seconds)
     try:
         yield
     finally:
@@ -149,5 +160,9 @@ def running(*, max_waiting: int = 64, tokenizer: Tokenizer = TOKENIZER, **settin
         server.should_exit = True
         thread.join(60)
     assert not thread.is_alive()
+    if engine.error:
+        # Its slots stay in use: the next server takes a new one.
+        shared_engine.cache_clear()
+    assert engine.error is None
     assert shared_engine().scheduler.is_idle
     assert engine.num_open == 0

@@ -5,7 +5,6 @@ import json
 import random
 import resource
 import socket
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -43,19 +42,12 @@ def begin(server: Server, *, is_streaming: bool) -> socket.socket:
     return client
 
 
-def wait_until_idle(server: Server) -> None:
-    end_s = time.monotonic() + 30
-    while server.gauge("answers_open") or server.gauge("slots_used"):
-        assert time.monotonic() < end_s, "a slot leaks"
-        time.sleep(0.01)
-
-
 @pytest.mark.parametrize("is_streaming", [True, False])
 def test_client_that_leaves_frees_its_slot(is_streaming: bool) -> None:
     with slow_tokens(), running() as server:
         for _ in range(4):
             leave(server, is_streaming=is_streaming)
-        wait_until_idle(server)
+        server.wait_until_idle()
         assert server.service.metrics.answers == {"cancelled": 4}
         assert server.ask(TEXT, GOOD)[0] == 200
 
@@ -64,7 +56,7 @@ def test_client_that_does_not_read_delays_nobody(server: Server) -> None:
     with begin(server, is_streaming=True):
         for _ in range(5):
             assert server.ask(TEXT, GOOD)[0] == 200
-    wait_until_idle(server)
+    server.wait_until_idle()
 
 
 def soak(server: Server, num_requests: int) -> None:
@@ -86,7 +78,7 @@ def soak(server: Server, num_requests: int) -> None:
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(ask, range(num_requests)))
-    wait_until_idle(server)
+    server.wait_until_idle()
 
 
 def test_no_slot_leaks_over_many_requests(server: Server) -> None:

@@ -108,7 +108,9 @@ def test_an_odd_head_is_refused_with_a_sentence(server: Server, content: bytes) 
         client.sendall(content)
         found = client.recv(1 << 16)
         while b"\r\n\r\n" not in found or found.endswith(b"\r\n\r\n"):
-            found += client.recv(1 << 16)
+            part = client.recv(1 << 16)
+            assert part, found
+            found += part
         status, body = int(found.split()[1]), found.partition(b"\r\n\r\n")[2]
         check_refusal(status, json.loads(body))
 

@@ -145,15 +145,31 @@ def test_an_error_is_shown_and_the_page_goes_on(page: Browser) -> None:
     assert page.log()[2:] == [["user", "Hi"], ["assistant", text_of("u Hi a ", 8)]]
 
 
-def test_stop_ends_an_answer_and_clear_begins_a_new_chat(page: Browser, server: Server) -> None:
+def end_long_answer(page: Browser, *, button: str) -> None:
+    """Begin an answer of four seconds, and end it by a button."""
     page.run("document.getElementById('tokens').value = 80")
-    with slow_tokens():
+    with slow_tokens(0.05):
         page.run("document.getElementById('text').value = 'Hi'; document.getElementById('send').click()")
         page.wait_for("document.querySelector('.assistant')?.textContent.length > 2")
-        page.run("document.getElementById('stop').click()")
+        page.run(f"document.getElementById('{button}').click()")
         page.wait_for("!document.getElementById('send').disabled")
+
+
+def check_new_chat(page: Browser) -> None:
+    page.say("Hi")
+    assert page.log() == [["user", "Hi"], ["assistant", text_of("u Hi a ", 80)]]
+
+
+def test_a_chat_that_is_cleared_while_it_is_answered_is_forgotten(page: Browser, server: Server) -> None:
+    end_long_answer(page, button="clear")
+    server.wait_until_idle()
+    check_new_chat(page)
+
+
+def test_stop_ends_an_answer_and_clear_begins_a_new_chat(page: Browser, server: Server) -> None:
+    end_long_answer(page, button="stop")
     assert len(page.log()[1][1]) < 80
     page.run("document.getElementById('clear').click()")
     assert page.log() == []
-    while server.gauge("slots_used"):
-        time.sleep(0.01)
+    server.wait_until_idle()
+    check_new_chat(page)

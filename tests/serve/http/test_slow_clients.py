@@ -18,13 +18,13 @@ from .server import LONG, NAME, LetterTokenizer, Server, running, slow_tokens, t
 TEXT = "/v1/completions"
 GOOD = {"model": NAME, "prompt": "Hi", "max_tokens": 2, "temperature": 0}
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-HEAD_S = 0.4
+HEAD_S, IDLE_S = 0.4, 1.2
 PLAIN = ChatTemplate("{{ messages[0].content }}")
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with running(limits=Limits(head_s=HEAD_S, body_s=HEAD_S)) as server:
+    with running(limits=Limits(idle_s=IDLE_S, head_s=HEAD_S, body_s=HEAD_S)) as server:
         yield server
 
 
@@ -79,14 +79,47 @@ def test_a_connection_that_sends_nothing_is_closed_without_a_word(server: Server
         assert read_all(client) == b""
 
 
+def ask(client: socket.socket) -> str:
+    """Send a request, and return its status, or "closed" where none came back."""
+    send(client, GOOD)
+    answer = b""
+    while not answer.endswith(b"}"):
+        if not (part := client.recv(1 << 16)):
+            return "closed"
+        answer += part
+    return answer.split()[1].decode()
+
+
+def test_a_client_that_waits_before_it_sends_is_answered(server: Server) -> None:
+    # A process that gets no time of a busy machine connects, and sends seconds later.
+    with connect(server) as client:
+        for _ in range(2):
+            time.sleep(1.5 * HEAD_S)
+            assert ask(client) == "200"
+
+
+@pytest.mark.parametrize("first", [b"", HEAD[:9]], ids=["nothing", "a_part"])
+def test_a_request_that_arrives_while_the_server_is_late_is_answered(server: Server, first: bytes) -> None:
+    with connect(server) as client:
+        client.sendall(first)
+        assert server.ask("/health")[0] == 200  # so the server has accepted, and read the first part
+        server.stall(1.1 * (HEAD_S if first else IDLE_S))
+        content = json.dumps(GOOD).encode()
+        client.sendall((HEAD + f"Content-Length: {len(content)}\r\n\r\n".encode() + content)[len(first) :])
+        assert client.recv(1 << 16).startswith(b"HTTP/1.1 200 ")
+
+
+def test_what_is_not_http_is_refused_with_a_sentence_after_an_answer_too(server: Server) -> None:
+    with connect(server) as client:
+        assert ask(client) == "200"
+        client.sendall(b"hello\r\n\r\n")
+        assert read_all(client).startswith(b"HTTP/1.1 400 ")
+
+
 def test_the_next_request_of_a_connection_has_its_own_time(server: Server) -> None:
     with connect(server) as client:
         for _ in range(2):
-            send(client, GOOD)
-            answer = b""
-            while not answer.endswith(b"}"):
-                answer += client.recv(1 << 16)
-            assert answer.startswith(b"HTTP/1.1 200 ")
+            assert ask(client) == "200"
         threading.Thread(target=drip, args=(client, HEAD), daemon=True).start()
         check_408(read_all(client), "the headers did not arrive")
 
