@@ -4,10 +4,13 @@ import json
 import shutil
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
+from flax import nnx
 from trellax.commands.cli import main
 from trellax.configs import load_config
-from trellax.hub import read_hub_model, read_model_config
+from trellax.hub import load_model, read_hub_model, read_model_config
 from trellax.hub.cached_folder import find_model_folder, name_of
 from trellax.hub.chat.template import load_chat_template
 from trellax.hub.folder import check_model_folder
@@ -130,3 +133,18 @@ def test_run_starts_with_the_weights_of_the_name(tmp_path: Path) -> None:
         summary = train(load_config("run/config.toml", [*words, *own]))
         losses.append(summary.final_train_loss)
     assert losses[0] == losses[1]
+
+
+@pytest.mark.slow
+def test_adapters_on_the_weights_of_the_name_are_written_with_it() -> None:
+    assert main(["import-hf", "plain", "base"]) == 0
+    Path("text.txt").write_text("AB " * 400)
+    words = ["--mesh.data", "8", "--train.batch_size", "8", "--train.steps", "2", "--optimizer.warmup_steps", "1"]
+    words += ["--data.source", "text", "--data.paths", "text.txt", "--data.seq_len", "8", "--data.tokenizer", "plain"]
+    words += ["--train.init_from", "org/tiny", "--model.lora_rank", "2", "--run.name", "tuned"]
+    run = train(load_config("base/config.toml", words)).folder
+    assert main(["export-hf", str(run), "adapters", "--adapters"]) == 0
+    assert json.loads(Path("adapters/adapter_config.json").read_text())["base_model_name_or_path"] == "org/tiny"
+    merged, again = load_model(run), load_model("adapters")
+    leaves = zip(jax.tree.leaves(nnx.state(merged)), jax.tree.leaves(nnx.state(again)), strict=True)
+    assert all(np.array_equal(one, other) for one, other in leaves)
