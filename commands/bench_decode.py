@@ -6,10 +6,10 @@ import json
 import os
 import sys
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from ..configs.run_config import load_config
+from ..hub.cached_folder import find_model_folder
 from ..hub.model_folder import open_model
 from ..layers import ModelConfig, bytes_per_device
 from ..meshes import ConfigError, MeshSpec, ServeError, use_fake_devices
@@ -77,7 +77,7 @@ def _read_batches(args: argparse.Namespace) -> list[int]:
 
 def _open_model(args: argparse.Namespace) -> tuple[ModelConfig, Any]:
     """Return the model, and a function (mesh, axes) -> parameters: random for a config, read for a folder."""
-    if Path(args.model).is_dir():
+    if find_model_folder(args.model).is_dir():
         source = open_model(args.model)
         config = apply_dtype(source.config, args)
         return config, lambda mesh, axes: source.read(param_shapes(config, mesh=mesh, axes=axes))

@@ -6,6 +6,7 @@ from pathlib import Path
 from ..configs.run_config import RunConfig
 from ..configs.saved_config import load_saved_config
 from ..hub.adapters import adapters_of, without_lora
+from ..hub.cached_folder import find_model_folder
 from ..hub.config_write import hub_values
 from ..hub.model_folder import load_params
 from ..hub.peft.write import write_adapters
@@ -61,7 +62,9 @@ def _export_adapters(args: argparse.Namespace, config: RunConfig, *, architectur
         )
     refuse_existing(out)
     shapes = adapters_of(weight_shapes(setup_on(read_asked_mesh(args), config)))
-    base = str(Path(config.train.init_from).resolve())
+    given = config.train.init_from
+    # The name on the hub is known to PEFT as well; a folder is found from anywhere by its whole path.
+    base = str(Path(given).resolve()) if find_model_folder(given) == Path(given) else given
     adapters = read_adapters(source, lambda _: shapes, weights=chosen_weights(args))
     write_adapters(adapters, model, out, base=base, architecture=architecture)
     print_result(args, "peft", model, files=sorted(file.name for file in out.iterdir()))

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..configs.run_config import RunConfig, load_config
 from ..hub.architectures import ARCHITECTURES
+from ..hub.cached_folder import find_model_folder
 from ..hub.config import HubModel, read_hub_model
 from ..hub.folder import find_file
 from ..hub.read import open_weights, read_weights
@@ -30,7 +31,7 @@ def run_import(args: argparse.Namespace) -> int:
     Raises:
         TrellaxError: the Hugging Face folder cannot be read, or OUT exists.
     """
-    source, out = Path(args.source), Path(args.out)
+    source, out = find_model_folder(args.source), Path(args.out)
     model = read_hub_model(source)
     refuse_existing(out)
     spec = read_asked_mesh(args)

@@ -10,9 +10,9 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
+from ..hub.cached_folder import name_of
 from ..hub.chat.template import load_chat_template
 from ..hub.model_folder import ModelSource
 from ..layers import ModelConfig
@@ -116,7 +116,7 @@ def _serve_clients(
         )
         served.append(engine)
         service = Service(
-            name=args.name or Path(args.folder).resolve().name,
+            name=args.name or name_of(args.folder),
             engine=engine,
             source=source,
             template=template,

@@ -134,7 +134,8 @@ class TrainSection(Section):
         "off", description="log the gradient noise scale, in sequences; needs two data shards or more"
     )
     init_from: str = Field(
-        "", description="Hugging Face or run folder to take initial weights from; random if left out"
+        "",
+        description="Hugging Face or run folder, or org/name in the cache, with initial weights; random if left out",
     )
     dpo_beta: float = Field(
         0.1, gt=0, description="with data.source pairs: how strongly the model is kept near its initial weights"

@@ -11,6 +11,7 @@ from typing import Any
 from ..meshes import CheckpointError, TrellaxError, WeightsError
 from ..meshes.files.own_file import replace_file
 from ..meshes.files.regular_file import open_regular, read_bounded
+from .cached_folder import find_model_folder
 
 MAX_JSON_BYTES = 10 << 20
 """The largest config.json or similar file that is read; real ones have some thousand bytes."""
@@ -106,15 +107,15 @@ def copy_file(folder: str | Path, name: str, target: Path, *, error: type[Trella
 
 
 def check_model_folder(path: str | Path) -> None:
-    """Raise unless a path is a folder; imports no jax.
+    """Raise unless a path is a folder, or the name of a downloaded model; imports no jax.
 
     Raises:
-        CheckpointError: it is not a folder.
+        CheckpointError: it is neither.
     """
-    if not Path(path).is_dir():
+    if not find_model_folder(path).is_dir():
         raise CheckpointError(
             f"{path} is no folder, so there is no model in it.",
-            fix="name the folder of a run, runs/quickstart say, or of a Hugging Face model.",
+            fix="name the folder of a run, runs/quickstart say, or of a Hugging Face model, or org/name of its cache.",
         )
 
 

@@ -14,6 +14,7 @@ import jax
 from ..layers import ModelConfig
 from ..meshes import CheckpointError
 from .adapters import merge_adapters, without_adapters, without_lora
+from .cached_folder import find_model_folder
 from .config import read_hub_model
 from .folder import check_model_folder, find_file
 from .frozen_kernels import FrozenKernels
@@ -69,7 +70,7 @@ def open_model(folder: str | Path, *, weights: Weights = "last") -> ModelSource:
         DataError: its tokenizer is missing or broken.
     """
     check_weights(weights)
-    folder = Path(folder)
+    folder = find_model_folder(folder)
     if is_run_folder(folder):
         return _open_run(folder, weights)
     if weights == "ema":
@@ -117,6 +118,7 @@ def load_params(
         WeightsError: the Hugging Face folder is incomplete, or of another model.
     """
     check_weights(weights)
+    folder = find_model_folder(folder)
     if each is not None and (is_run_folder(folder) or is_peft_folder(folder)):
         change = lambda path, leaf: each(path_text(path), leaf)  # noqa: E731
         return jax.tree_util.tree_map_with_path(change, load_params(folder, shapes, weights=weights))
@@ -141,7 +143,7 @@ def read_base(folder: str | Path, shapes: dict[str, Any]) -> dict[str, Any]:
     Raises:
         TrellaxError: as `load_params` does.
     """
-    frozen = FrozenKernels(without_adapters(shapes))
+    folder, frozen = find_model_folder(folder), FrozenKernels(without_adapters(shapes))
     return frozen.unpack(load_params(base_of(folder), frozen.plain, each=frozen.hold))
 
 
@@ -152,10 +154,11 @@ def read_model_config(folder: str | Path) -> ModelConfig:
         CheckpointError: the run folder has no whole save, or one with unknown model keys.
         WeightsError: the Hugging Face model is broken or not supported.
     """
+    folder = find_model_folder(folder)
     if is_peft_folder(folder):
         return read_model_config(open_adapters(folder).base)
     # A run that trained adapters is read as the model that they are merged into.
-    return _read_run(Path(folder))[0] if is_run_folder(folder) else read_hub_model(folder).config
+    return _read_run(folder)[0] if is_run_folder(folder) else read_hub_model(folder).config
 
 
 def _open_run(folder: Path, weights: Weights) -> ModelSource:

@@ -23,6 +23,7 @@ from ..meshes import CheckpointError
 from ..meshes.arguments import check_choice
 from ..meshes.processes.messages import is_first
 from .adapters import adapter_shapes, adapters_of, join_adapters, merge_adapters, without_adapters
+from .cached_folder import find_model_folder
 from .frozen_kernels import FrozenKernels, RoundedKernels
 from .peft.read import base_of
 from .read import read_weights
@@ -158,12 +159,12 @@ def _with_base(
         CheckpointError: those weights are not there.
     """
     source = seal.config.get("train", {}).get("init_from")
-    if not isinstance(source, str) or not Path(source).is_dir():
+    if not isinstance(source, str) or not source or not find_model_folder(source).is_dir():
         raise CheckpointError(
             f"{folder} holds adapters of the weights in train.init_from={source!r}, and there is no such folder here.",
             fix="run the command where the run was started, or bring the folder back.",
         )
-    source, shapes = base_of(source), without_adapters(asked)
+    source, shapes = base_of(find_model_folder(source)), without_adapters(asked)
     if adapters_of(asked):
         frozen = FrozenKernels(shapes)
         return join_adapters(frozen.unpack(_read_kernels(source, frozen)), adapters)

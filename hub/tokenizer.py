@@ -15,6 +15,7 @@ from typing import Any, Literal
 from tokenizers import Tokenizer
 
 from ..meshes import DataError
+from .cached_folder import find_model_folder
 from .folder import MAX_TOKENIZER_BYTES, read_file
 from .special_ids import SpecialIds, find_special_ids
 
@@ -109,13 +110,14 @@ class ModelTokenizer:
 
 
 def load_tokenizer(path: str | Path) -> ModelTokenizer:
-    """Load a tokenizer.json, given by its path or by a folder that holds one.
+    """Load a tokenizer.json, given by its path, by a folder that holds one, or by the name of a downloaded model.
 
     Raises:
         DataError: there is no such file, or it is broken.
     """
-    file = Path(path) / TOKENIZER if Path(path).is_dir() else Path(path)
-    content = _read_tokenizer(file, is_named=not Path(path).is_dir())
+    path = find_model_folder(path)
+    file = path / TOKENIZER if path.is_dir() else path
+    content = _read_tokenizer(file, is_named=not path.is_dir())
     if content is None:
         raise DataError(
             f"{file} is no tokenizer: there is no such file.",

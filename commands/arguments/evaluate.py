@@ -12,7 +12,10 @@ from .types import parse_path, parse_whole
 def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
     parser.add_argument(
-        "folder", type=parse_path, metavar="FOLDER", help="run folder of `trellax train`, or a Hugging Face model"
+        "folder",
+        type=parse_path,
+        metavar="FOLDER",
+        help="run folder of `trellax train`, or a Hugging Face model, or org/name of one in its cache",
     )
     parser.add_argument(
         "--data",

@@ -12,7 +12,10 @@ from .types import parse_bias, parse_path, parse_real, parse_whole
 def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
     parser.add_argument(
-        "folder", type=parse_path, metavar="FOLDER", help="run folder of `trellax train`, or a Hugging Face model"
+        "folder",
+        type=parse_path,
+        metavar="FOLDER",
+        help="run folder of `trellax train`, or a Hugging Face model, or org/name of one in its cache",
     )
     _add_prompt_arguments(parser)
     _add_chat_arguments(parser)

@@ -14,7 +14,10 @@ from .types import parse_path, parse_real, parse_whole
 def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
     parser.add_argument(
-        "folder", type=parse_path, metavar="FOLDER", help="run folder of `trellax train`, or a Hugging Face model"
+        "folder",
+        type=parse_path,
+        metavar="FOLDER",
+        help="run folder of `trellax train`, or a Hugging Face model, or org/name of one in its cache",
     )
     parser.add_argument("--mesh", default="", metavar="SIZES", help="for example tensor=2,pipe=2 (default: one device)")
     _add_http_arguments(parser)

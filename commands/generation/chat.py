@@ -12,9 +12,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
+from ...hub.cached_folder import name_of
 from ...hub.chat.template import TEMPLATE, ChatTemplate, load_chat_template
 from ...meshes import MeshSpec, ServeError, TrellaxError
 from ...serve import Engine
@@ -64,7 +64,7 @@ def _read_template(args: argparse.Namespace) -> ChatTemplate:
     template = load_chat_template(args.folder, file=args.chat_template)
     if template is None:
         raise ServeError(
-            f"the model {Path(args.folder).resolve().name} has no chat template, so messages are no prompt for it.",
+            f"the model {name_of(args.folder)} has no chat template, so messages are no prompt for it.",
             fix=f"give --chat-template FILE, put {TEMPLATE} into the folder, or leave --chat out.",
         )
     return template

@@ -18,6 +18,7 @@ import jinja2
 from jinja2.ext import Extension
 
 from ...meshes import ServeError, TrellaxError
+from ..cached_folder import find_model_folder
 from ..folder import find_file, read_file, read_json
 from . import budget
 from .budget import TooMuchError
@@ -186,9 +187,10 @@ def load_chat_template(folder: str | Path, *, file: str | None = None) -> ChatTe
     Raises:
         ServeError: the template or the folder's tokenizer_config.json is broken.
     """
+    folder = find_model_folder(folder)
     config = read_json(folder, TOKENIZER_CONFIG, error=ServeError)
     config = config if isinstance(config, dict) else {}
-    source = _read_template(Path(file)) if file else _find_source(Path(folder), config)
+    source = _read_template(Path(file)) if file else _find_source(folder, config)
     return None if source is None else ChatTemplate(source, special=_special_tokens(config))
 
 

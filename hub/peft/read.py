@@ -15,6 +15,7 @@ from ...layers.lora.check_config import TARGETS
 from ...meshes import WeightsError
 from ...meshes.errors import shown
 from ..adapters import adapter_shapes
+from ..cached_folder import find_model_folder
 from ..folder import find_file, read_json
 from .names import CONFIG_FILE, WEIGHTS_FILE, adapted_layers, tensor_ends
 
@@ -66,7 +67,7 @@ def open_adapters(folder: str | Path) -> PeftFolder:
     if mistakes:
         raise WeightsError("\n  ".join([f"{folder} has adapters that trellax does not read:", *mistakes]))
     base, rank, alpha = values.get("base_model_name_or_path"), values["r"], values["lora_alpha"]
-    places = [Path(base), folder / base] if isinstance(base, str) and base else []
+    places = [find_model_folder(base), folder / base] if isinstance(base, str) and base else []
     found = next((place for place in places if place.is_dir()), None)
     if found is None:
         raise WeightsError(

@@ -17,6 +17,7 @@ MISTAKES = {
     "overhead --rounds 0": "argument --rounds: expected 1 or more, got 0",
     "planner nowhere": "DataError: nowhere is no folder.",
     "precision --steps 20": "argument --steps: expected 40 or more, two windows of 20 steps, got 20",
+    "preparing --beside": "argument --beside: it tokenizes, so give --tokenizer 32768 too",
     "saving --pairs -1": "argument --pairs: expected 1 or more, got -1",
 }
 

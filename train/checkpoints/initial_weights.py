@@ -12,6 +12,7 @@ from flax import nnx
 
 from ...configs.run_config import RunConfig
 from ...hub.adapters import adapters_of, join_adapters, with_lengths, without_adapters, without_lora
+from ...hub.cached_folder import find_model_folder
 from ...hub.config import model_differences
 from ...hub.frozen_kernels import FrozenKernels
 from ...hub.model_folder import load_params, read_base, read_model_config
@@ -72,8 +73,9 @@ def check_initial_weights(setup: Setup, *, start: Start = "resume") -> None:
             "\n  ".join([f"train.init_from={source!r} holds another model than this config has:", *lines]),
             fix="set these keys as they are there.",
         )
-    if not is_run_folder(source) and not is_peft_folder(source):
-        open_weights(source, FrozenKernels(without_adapters(weight_shapes(setup))).plain)
+    folder = find_model_folder(source)
+    if not is_run_folder(folder) and not is_peft_folder(folder):
+        open_weights(folder, FrozenKernels(without_adapters(weight_shapes(setup))).plain)
 
 
 def initial_state(setup: Setup) -> TrainState:
@@ -88,7 +90,7 @@ def initial_state(setup: Setup) -> TrainState:
     shapes = weight_shapes(setup)
     if setup.config.model.lora_rank:
         params = join_adapters(read_base(source, shapes), _first_adapters(setup, shapes))
-        params = params if is_peft_folder(source) else with_lengths(params)
+        params = params if is_peft_folder(find_model_folder(source)) else with_lengths(params)
     else:
         params = load_params(source, shapes)
     return setup.state_of(params_in_stages(setup, as_pipeline(params)))
@@ -97,10 +99,11 @@ def initial_state(setup: Setup) -> TrainState:
 def _first_adapters(setup: Setup, shapes: Any) -> Any:
     """Return the adapters of a folder of PEFT if the run starts with one, else fresh ones."""
     source, config = setup.config.train.init_from, setup.config.model
-    if not is_peft_folder(source):
+    folder = find_model_folder(source)
+    if not is_peft_folder(folder):
         return _draw_adapters(setup, adapters_of(shapes))
     there, adapters = read_adapters(
-        open_adapters(source), without_lora(config), FrozenKernels(without_adapters(shapes)).plain
+        open_adapters(folder), without_lora(config), FrozenKernels(without_adapters(shapes)).plain
     )
     compared = {"rank": lambda m: m.lora_rank, "scale": lora_scale, "targets": lora_targets}
     for name, value in (compared | {"magnitude": lambda m: m.lora_magnitude}).items():

@@ -16,6 +16,7 @@ import jax
 
 from ...configs.changes import Changes
 from ...configs.run_config import RunConfig
+from ...hub.cached_folder import find_model_folder
 from ...hub.peft.read import base_of, is_peft_folder
 from ...meshes.axes import KNOWN_ROLES
 from ..run_folder import Start
@@ -97,8 +98,9 @@ def sample_model(name: str) -> str:
     Raises:
         WeightsError: the folder of adapters does not say what they adapt.
     """
-    found = sample_folder(name)
-    return f"{found} on {sample_folder(str(base_of(name)))}" if name and is_peft_folder(name) else found
+    folder = str(find_model_folder(name)) if name else ""
+    found = sample_folder(folder)
+    return f"{found} on {sample_folder(str(base_of(folder)))}" if folder and is_peft_folder(folder) else found
 
 
 def sample_folder(name: str) -> str:

@@ -1,6 +1,8 @@
 """Shards stay in their files; a blend has its shares, and loses and repeats nothing however a run is resumed."""
 
+import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from trellax.configs import load_config
 from trellax.configs.check import check_run
 from trellax.configs.run_config import DataSection
 from trellax.meshes import DataError, TrellaxError
+from trellax.train import train
 from trellax.train.data.batches import Batches, TokenSource
 from trellax.train.data.corpus import load_corpus
 from trellax.train.data.joined_tokens import JoinedTokens
@@ -105,6 +108,31 @@ def test_resumed_blend_loses_and_repeats_nothing(
         step += steps
     one = Batches(blend, seq_len=8, batch_size=1, microbatches=1, seed=3)
     assert seen == starts(one, range(len(seen)))
+
+
+@pytest.mark.slow
+def test_run_of_a_blend_resumes_on_another_data_size(folder: Path, tiny: Callable[..., Any]) -> None:
+    """A run of 12 steps, and one cut within epochs after 5 and 8, on data sizes of 2, 4 and 8, have the same losses."""
+    for i, size in enumerate((300, 500, 170)):
+        np.save(f"{i}.npy", np.random.default_rng(i).integers(0, 256, size).astype(np.uint8))
+    words = "--data.source tokens --data.paths 0.npy,1.npy,2.npy --data.weights 1,3,0.7 --data.seq_len 16"
+    words += (
+        " --data.val_fraction 0.2 --train.batch_size 8 --train.log_every 1 --optimizer.lr_schedule constant --run.name"
+    )
+    train(tiny(f"{words} whole --train.steps 12 --mesh.tensor 4 --mesh.pipe 2"))
+    for steps, data in ((5, 2), (8, 4), (12, 8)):
+        mesh = f"--mesh.data {data} --mesh.tensor {8 // data}"
+        train(tiny(f"{words} parts --train.steps {steps} {mesh}"), changes="accept")
+    whole, parts = (read_losses(folder / "runs" / name) for name in ("whole", "parts"))
+    assert list(whole) == list(parts) == list(range(1, 13))
+    assert list(parts.values()) == pytest.approx(list(whole.values()), rel=2e-5)
+    assert len(set(whole.values())) == 12
+
+
+def read_losses(run: Path) -> dict[int, float]:
+    """Return the training loss of each step of a run."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
 def test_blend_has_its_shares_and_each_source_whole_epochs() -> None:

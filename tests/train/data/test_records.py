@@ -140,7 +140,7 @@ def test_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> Non
     assert caught.value.fix == "pip install 'trellax[data]'."
 
 
-def test_losses_are_those_of_token_arrays() -> None:
+def test_arrays_of_tokens_hold_those_of_texts() -> None:
     corpus = load("a.jsonl")
     np.save("ids.npy", np.concatenate([corpus.train, corpus.validation]))
     assert load("ids.npy", source="tokens").sha256 == corpus.sha256

@@ -198,17 +198,49 @@ def test_command_that_cannot_work_says_why(words: list[str], message: str, capsy
     assert message in capsys.readouterr().err
 
 
+def write_formats() -> dict[str, str]:
+    """Write the documents in every format that is read, and return the words of a config for each."""
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    zstandard, lines = pytest.importorskip("zstandard"), b"".join(LINES)
+    table = arrow.table({"text": TEXTS})
+    parquet.write_table(table, "all.parquet", row_group_size=7)
+    Path("all.jsonl.gz").write_bytes(gzip.compress(lines))
+    Path("all.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress(lines))
+    for file in ("all.arrow", "folder/data-00000-of-00001.arrow"):
+        Path(file).parent.mkdir(exist_ok=True)
+        with arrow.OSFile(file, "wb") as sink, arrow.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table, max_chunksize=9)
+    state = {"_data_files": [{"filename": "data-00000-of-00001.arrow"}], "_split": "train"}
+    Path("folder/state.json").write_text(json.dumps(state))
+    Path("texts").mkdir()
+    for i, text in enumerate(TEXTS):
+        Path(f"texts/{i:02}.txt").write_text(text)
+    np.save("all.npy", np.frombuffer("".join(TEXTS).encode(), np.uint8))
+    paths = ("all.jsonl", "all.jsonl.gz", "all.jsonl.zst", "all.parquet", "all.arrow", "folder", "texts/*.txt")
+    mixed = "a.jsonl,b.jsonl.gz,[45]?.txt"
+    texts = {path: f"text --data.paths {path}" for path in (*paths, mixed)}
+    return texts | {path: f"tokens --data.paths {path}" for path in ("all.npy", "shards", "shards-of-parquet")}
+
+
 @pytest.mark.slow
 def test_losses_are_bitwise_those_of_every_format(tiny: Callable[..., Any]) -> None:
-    prepare("all.jsonl", out="out", shard_bytes=900)
-    formats = {"jsonl": "text --data.paths all.jsonl", "shards": "tokens --data.paths out"}
-    formats["mixed"] = "text --data.paths a.jsonl,b.jsonl.gz,[45]?.txt"
+    formats = write_formats()
+    prepare("all.jsonl", out="shards", shard_bytes=900)
+    prepare("all.parquet", out="shards-of-parquet")
     words = "--mesh.data 8 --train.batch_size 8 --train.steps 3 --data.seq_len 16 --data.val_fraction 0.2"
-    losses = set()
-    for name, source in formats.items():
-        summary = train(tiny(f"{words} --run.name {name} --data.source {source}"))
-        losses.add((summary.final_train_loss, summary.final_val_loss))
-    assert len(losses) == 1
+    losses = {}
+    for i, (path, source) in enumerate(formats.items()):
+        summary = train(tiny(f"{words} --run.name run-{i} --data.source {source}"))
+        losses[path] = (summary.final_train_loss, summary.final_val_loss)
+    assert losses == dict.fromkeys(formats, losses["all.jsonl"])
+
+
+@pytest.mark.slow
+def test_folder_that_datasets_saved_gives_the_tokens_of_its_texts() -> None:
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk("saved", num_shards=3)
+    assert len(list(Path("saved").glob("*.arrow"))) == 3
+    assert load("saved").sha256 == load("all.jsonl").sha256
 
 
 @pytest.mark.slow
