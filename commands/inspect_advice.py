@@ -79,7 +79,9 @@ def _changes(config: RunConfig, mesh: MeshSpec) -> Iterator[tuple[str, RunConfig
         if (pipeline.remat, remat) not in (("full", "dots"), (remat, remat)):
             yield f"--pipeline.remat {remat}", _with(config, pipeline={"remat": remat}), mesh
     for shard in SHARDS[SHARDS.index(config.train.shard) + 1 :] if mesh.data * mesh.context > 1 else ():
-        yield f"--train.shard {shard}", _with(config, train={"shard": shard}), mesh
+        # Whole chunks save less than "layer", in ways that this estimate does not know.
+        if shard != "chunk":
+            yield f"--train.shard {shard}", _with(config, train={"shard": shard}), mesh
     if config.train.offload == "none":
         for offload in ("optimizer", *(("residuals",) if mesh.pipe > 1 else ())):
             yield f"--train.offload {offload}", _with(config, train={"offload": offload}), mesh
