@@ -58,7 +58,7 @@ _MEANINGS = {
     "model.rope_factor": "factor of that scaling",
     "model.rope_low_frequency_factor": "below so many turns in rope_original_tokens a frequency is scaled",
     "model.rope_high_frequency_factor": "above so many turns it is not; 4 for llama3, 32 for yarn",
-    "model.rope_original_tokens": "llama3, yarn and longrope: longest sequence before scaling, in tokens",
+    "model.rope_original_tokens": "dynamic, llama3, yarn and longrope: longest sequence before scaling, in tokens",
     "model.rope_short_factors": "longrope: what each frequency is divided by in sequences up to rope_original_tokens",
     "model.rope_long_factors": "longrope: what each is divided by in longer sequences",
     "model.rope_truncate": "yarn: whether the ramp from kept to scaled pairs begins and ends at whole pairs",

@@ -92,7 +92,7 @@ class ModelConfig:
     norm_place: Literal["before", "after", "both"] = "before"
     positions: Literal["learned", "rotary"] = "learned"
     rope_theta: float = 10_000.0
-    rope_scaling: Literal["none", "linear", "llama3", "yarn", "longrope"] = "none"
+    rope_scaling: Literal["none", "linear", "dynamic", "llama3", "yarn", "longrope"] = "none"
     rope_factor: float = 1.0
     rope_low_frequency_factor: float = 1.0
     rope_high_frequency_factor: float = 4.0

@@ -87,7 +87,7 @@ def legal_layouts(
 
     Microbatches hold a power of two of sequences, or all sequences of a shard. Schedules are 1F1B and ZB-H1, with one
     chunk per rank or interleaved with 2 or 4, and up to 32 ranks the V-shaped ones with 2. Weights that are gathered
-    more than once a step are so by every layer, and where ranks have several chunks also by chunks.
+    more than once a step are so by every layer: by chunks would be a third more to price, for layouts between these.
 
     Args:
         contexts: sizes of the context axis to try, of which those that divide the devices are taken.
@@ -120,11 +120,8 @@ def _layouts_of_mesh(
             for remat in remats:
                 for split, how in itertools.product(splits, ways):
                     # What the backward computes again it gathers again.
-                    if how == "gather-once" and remat == "full":
-                        continue
-                    yield Layout(**over, **own, remat=remat, context_attention=how, **split)
-                    if split["zero"] == 3 and chunks > 1:
-                        yield Layout(**over, **own, remat=remat, context_attention=how, **split, gathers="chunk")
+                    if how != "gather-once" or remat != "full":
+                        yield Layout(**over, **own, remat=remat, context_attention=how, **split)
 
 
 def _meshes_of_contexts(model: ModelConfig, *, num_devices: int, contexts: tuple[int, ...]) -> Iterator[MeshSpec]:

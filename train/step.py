@@ -194,7 +194,10 @@ def step_options(setup: Setup) -> dict[str, Any]:
 
 
 def _overlap_options(setup: Setup) -> dict[str, Any]:
-    return compiler_options(setup.mesh, overlap=setup.config.pipeline.overlap, axes=setup.sizes.roles)
+    options = compiler_options(setup.mesh, overlap=setup.config.pipeline.overlap, axes=setup.sizes.roles)
+    # Weights that were gathered once a step lie elsewhere, and an early start exposes more of what goes over tensor:
+    # benchmarks/RESULTS.md, "What stands beside the messages".
+    return {name: on for name, on in options.items() if setup.config.train.shard != "step" or name != _STARTED_EARLY}
 
 
 def make_eval_step(setup: Setup) -> Callable[[TrainState, Batch], jax.Array]:

@@ -20,6 +20,7 @@ _WITH_LENGTH = ("llama3", "yarn", "longrope")
 _NUMBERS = {
     "default": (),
     "linear": ("factor",),
+    "dynamic": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "yarn": ("factor",),
     "longrope": (),
@@ -56,6 +57,9 @@ def resolve_rope(values: Values, *, max_tokens: int, theta: float, warnings: lis
             rope.get(_ORIGINAL_TOKENS),
             values.get("max_position_embeddings", max_tokens),
         )
+    if rope["rope_type"] == "dynamic":
+        # transformers compares with this length, whatever the table says.
+        rope[_ORIGINAL_TOKENS] = values.get("max_position_embeddings", max_tokens)
     if rope["rope_type"] == "longrope":
         rope.setdefault("factor", None)
         if rope["factor"] is None and isinstance(original := rope[_ORIGINAL_TOKENS], int) and original > 0:
@@ -139,6 +143,8 @@ def read_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
     if kind == "llama3":
         read["rope_low_frequency_factor"] = float(rope["low_freq_factor"])
         read["rope_high_frequency_factor"] = float(rope["high_freq_factor"])
+        read["rope_original_tokens"] = rope[_ORIGINAL_TOKENS]
+    if kind == "dynamic":
         read["rope_original_tokens"] = rope[_ORIGINAL_TOKENS]
     if kind == "longrope":
         read |= {own: tuple(float(factor) for factor in rope[key]) for own, key in _FACTORS.items()}

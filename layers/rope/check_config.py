@@ -40,7 +40,7 @@ def _check_scaling(config: Any) -> None:
     if kind == "none" and config.rope_factor != 1:
         raise ModelError(
             f"rope_factor={config.rope_factor} says to scale rotary positions, but rope_scaling='none'.",
-            fix="set rope_scaling='linear', 'llama3', 'yarn' or 'longrope', or leave rope_factor out.",
+            fix="set rope_scaling='linear', 'dynamic', 'llama3', 'yarn' or 'longrope', or leave rope_factor out.",
         )
     if kind != "none" and config.positions != "rotary":
         raise ModelError(
@@ -60,6 +60,13 @@ def _check_scaling(config: Any) -> None:
             f"rope_original_tokens={config.rope_original_tokens}: rope_scaling={kind!r} compares wavelengths with the "
             "length that the model was first trained on.",
             fix="set rope_original_tokens, 8192 for Llama 3, 4096 for DeepSeek-V3.",
+        )
+    if kind == "dynamic" and not 0 < config.max_tokens <= config.rope_original_tokens:
+        raise ModelError(
+            f"max_tokens={config.max_tokens}: rope_scaling='dynamic' turns sequences of up to "
+            f"rope_original_tokens={config.rope_original_tokens} as if it were not there; trellax computes no longer "
+            "ones, whose frequencies would change with each token.",
+            fix="set max_tokens to at most rope_original_tokens, or rope_scaling='yarn' to train for longer ones.",
         )
     if kind in ("llama3", "yarn"):
         _check_turns(config)

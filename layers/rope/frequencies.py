@@ -7,6 +7,8 @@ that turn often are kept, pairs that turn less than once are slowed down by `rop
     llama3    in between, in proportion to a pair's turns           Llama 3.1's release
     yarn      in between, in proportion to a pair's number          Peng et al. 2023, arXiv:2309.00071, section 3.2
 
+    dynamic   none: only a sequence longer than rope_original_tokens would slow them down, and those are refused
+
     longrope  every pair by a factor of its own, of two sets: one   Ding et al. 2024, arXiv:2402.13753, section 3
               for sequences of rope_original_tokens, one for longer
 
@@ -33,7 +35,7 @@ def rope_frequencies(config: Any, *, num_tokens: int = 1) -> np.ndarray:
         is_long = num_tokens > config.rope_original_tokens
         factors = config.rope_long_factors if is_long else config.rope_short_factors
         return (own_h / np.array(factors)).astype(np.float32)
-    slow_h = own_h / config.rope_factor
+    slow_h = own_h if config.rope_scaling == "dynamic" else own_h / config.rope_factor
     keep_h = {"llama3": _kept_by_turns, "yarn": _kept_by_number}.get(config.rope_scaling)
     if keep_h is None:
         return slow_h.astype(np.float32)

@@ -42,6 +42,7 @@ class MemoryBounds:
                 chunks=chunks,
                 microbatches=layout.pipe,
                 sequences=1,
+                gathers="layer",
                 layers_per_stage=None,
             )
             ranks = step_memory(self.model, layout=alike, **self._given)

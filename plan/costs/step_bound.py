@@ -16,7 +16,6 @@ from typing import Any
 from ...layers import ModelConfig
 from ...schedules import Placement
 from ..machines.topology import Topology
-from .chunk_gathers import find_gathers
 from .device_params import ends_of
 from .held_layers import KindCounts, held_layers, kinds_of_stages
 from .layer_time import LayerTime, sum_times
@@ -119,7 +118,8 @@ class StepBounds:
         mesh = (layout.data, layout.tensor, layout.pipe, layout.context, layout.fsdp, layout.expert)
         count = layout.microbatches if layout.splits_gradients else 1
         given: dict[str, Any] = {"layout": layout, "runtime": self.runtime}
-        rounds = find_gathers(self.model, **given, num_tokens=self.num_tokens).rounds
+        # How often chunks are gathered a schedule tells, which is not built here: at least once.
+        rounds = 1 if layout.gathers == "chunk" else 2 * layout.microbatches
         key = (*mesh, layout.zero, layout.offload, count, rounds, ends, *(count for _, count in layers))
         if key not in self._updates:
             sizes = {"topology": self.topology, "layers": layers, "ends": ends, "rounds": rounds}

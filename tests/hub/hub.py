@@ -64,6 +64,8 @@ _DEEPSEEK: dict[str, Any] = {
 MODELS: dict[str, dict[str, Any]] = {
     "llama2": {"model_type": "llama", "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
     "llama3": {"model_type": "llama", "num_key_value_heads": 2, "rope_parameters": _LLAMA3},
+    "llama_dynamic": {"model_type": "llama", "num_key_value_heads": 2}
+    | {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}},
     "llama32": {"model_type": "llama", "num_key_value_heads": 1, "head_dim": 8, "rope_parameters": _LLAMA3}
     | {"tie_word_embeddings": True},
     "qwen2": {"model_type": "qwen2", "num_key_value_heads": 2, "dtype": "bfloat16"},

@@ -102,7 +102,7 @@ MISTAKES: dict[str, dict[str, Any]] = {
     "architecture": {"model_type": "olmoe"},
     "architecture_misspelt": LLAMA | {"model_type": "lama"},
     "no_architecture": {},
-    "rope_type": LLAMA | {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}},
+    "rope_type": LLAMA | {"rope_scaling": {"rope_type": "su", "factor": 4.0}},
     "quantised": LLAMA | {"quantization_config": {"quant_method": "gptq", "bits": 4}},
     "everything_at_once": {"model_type": "llama", "hidden_act": "gelu", "attention_bias": True, "hidden_size": "16"}
     | {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}, "quantization_config": {"bits": 4}},

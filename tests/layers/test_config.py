@@ -20,6 +20,8 @@ MISTAKES: dict[str, dict[str, Any]] = {
     "negative_window": {"attention_window": -1},
     "rope_factor_without_scaling": {"positions": "rotary", "rope_factor": 8.0},
     "rope_factor_of_zero": {"positions": "rotary", "rope_scaling": "linear", "rope_factor": 0.0},
+    "rope_dynamic_and_long": {"positions": "rotary", "rope_scaling": "dynamic", "rope_factor": 2.0}
+    | {"max_tokens": 128, "rope_original_tokens": 64},
     "rope_scaling_of_learned_positions": {"rope_scaling": "linear", "rope_factor": 2.0},
     "llama3_without_original_tokens": {"positions": "rotary", "rope_scaling": "llama3", "rope_factor": 8.0},
     "llama3_with_factors_crossed": {"positions": "rotary", "rope_scaling": "llama3", "rope_factor": 8.0}
