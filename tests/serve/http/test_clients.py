@@ -5,6 +5,7 @@ import json
 import random
 import resource
 import socket
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -47,6 +48,11 @@ def test_client_that_leaves_frees_its_slot(is_streaming: bool) -> None:
     with slow_tokens(), running() as server:
         for _ in range(4):
             leave(server, is_streaming=is_streaming)
+        # A server that has not read a request yet is idle too.
+        end_s = time.monotonic() + 30
+        while server.service.metrics.answers.total() < 4:
+            assert time.monotonic() < end_s, "a request is neither answered nor cancelled"
+            time.sleep(0.01)
         server.wait_until_idle()
         assert server.service.metrics.answers == {"cancelled": 4}
         assert server.ask(TEXT, GOOD)[0] == 200
