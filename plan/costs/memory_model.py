@@ -15,7 +15,6 @@ from typing import Any
 from ...layers import ModelConfig
 from ...schedules import Placement, find_family, simulate
 from .activations import boundary_bytes, layer_activation_bytes
-from .chunk_gathers import find_gathers
 from .device_params import (
     End,
     block_matrices,
@@ -34,6 +33,7 @@ from .pipeline_time import SearchTerms, find_placement, is_searched_whole, plan_
 from .runtime import TRELLAX, OrderTraits, Runtime
 from .stage_time import stage_layers
 from .temporary import copied_bytes, gathered_tables, score_bytes, temporary_bytes
+from .update_time import find_gathers
 
 _FLOAT32 = 4
 

@@ -8,6 +8,7 @@ the slope of the last `p`. That is exact where the steady state is reached:
 Read `step_time.py` next.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -60,7 +61,7 @@ def find_placement(model: ModelConfig, *, layout: Layout, num_tokens: int, runti
     return plan_schedule(
         layout.schedule,
         num_ranks=layout.pipe,
-        num_microbatches=layout.microbatches if whole else count_few(layout.microbatches, num_ranks=layout.pipe),
+        num_microbatches=layout.microbatches if whole else _count_few(layout.microbatches, num_ranks=layout.pipe),
         num_chunks=layout.chunks,
         traits=runtime.order_traits,
         terms=search_terms(model, layout=layout, num_tokens=num_tokens, runtime=runtime),
@@ -100,15 +101,22 @@ def pipeline_time_s(
         grid = plan_schedule(schedule, **sizes, traits=traits, terms=terms)
         return simulate(grid, clock=traits.clock, stages=stages, transfer=transfer, shared_loss=shared_loss).makespan
 
-    few = count_few(num_microbatches, num_ranks=num_ranks)
+    return extrapolate(run, schedule, num_ranks=num_ranks, num_stages=len(stages), num_microbatches=num_microbatches)
+
+
+def extrapolate(
+    run: Callable[[int], float], schedule: str, *, num_ranks: int, num_stages: int, num_microbatches: int
+) -> float:
+    """Return what grows by the same in every period of a schedule, as its time does, given that of few microbatches."""
+    few = _count_few(num_microbatches, num_ranks=num_ranks)
     periods = (num_microbatches - few) // num_ranks
-    if not periods or is_searched_whole(schedule, num_stages=len(stages), num_microbatches=num_microbatches):
+    if not periods or is_searched_whole(schedule, num_stages=num_stages, num_microbatches=num_microbatches):
         return run(num_microbatches)
     start = run(few)
     return start + periods * (run(few + num_ranks) - start)
 
 
-def count_few(num_microbatches: int, *, num_ranks: int) -> int:
+def _count_few(num_microbatches: int, *, num_ranks: int) -> int:
     """Return the microbatches of the shorter schedule that is simulated, all of them if they are few.
 
     8 ranks and 100 microbatches make 10 periods of 8 after 20, so schedules of 20 and 28 microbatches are simulated.

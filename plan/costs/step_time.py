@@ -12,7 +12,6 @@ from ...layers import ModelConfig, flops_per_token
 from ...layers.experts.kinds import layer_kinds
 from ...schedules import StageCost
 from ..machines.topology import Topology
-from .chunk_gathers import find_gathers
 from .device_params import ends_of
 from .held_layers import KindCounts, held_layers, kinds_of_stages
 from .host_residuals import residual_copies_s
@@ -22,7 +21,7 @@ from .memory_model import kept_bytes
 from .pipeline_time import find_placement, pipeline_time_s, search_terms
 from .runtime import Runtime, trellax_runtime
 from .stage_time import EndCosts, end_costs, stage_layers, stage_times
-from .update_time import UpdateTime, update_time
+from .update_time import UpdateTime, find_gathers, update_time
 
 
 @dataclass(frozen=True, kw_only=True)

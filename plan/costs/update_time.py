@@ -1,18 +1,26 @@
 """Compute the time of the update: reduction of gradients, all-gather of parameters, and the optimizer step.
 
+Weights that data shards keep parts of, with zero 3, are gathered
+
+    gathers "layer"    2 m times each, forward and backward of every microbatch; about one layer is whole
+    gathers "chunk"    once for a run of actions of a chunk (`schedules/chunk_weights.py`); chunks with a slot are whole
+
 Read `step_time.py` next, which hides some of it behind computation.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from ...layers import ModelConfig
+from ...schedules.chunk_weights import count_gathers
 from ..machines.collective_time import CollectiveKind, Group, collective_time_s, make_group
 from ..machines.kernel_time import memory_time_s
 from ..machines.topology import Topology
 from .device_params import End, block_matrices, device_params, device_words, expert_matrices, trained_params
 from .held_layers import KindCounts
 from .layout import Layout
-from .runtime import Runtime
+from .pipeline_time import SearchTerms, extrapolate, plan_schedule, search_terms
+from .runtime import OrderTraits, Runtime
 
 Ends = tuple[End, ...]
 
@@ -40,6 +48,55 @@ class UpdateTime:
         return self.gather + self.reduce + self.tied
 
 
+@dataclass(frozen=True, kw_only=True)
+class Gathers:
+    """Gathers of weights over data.
+
+    rounds: times that each parameter is gathered in a step.
+    slots: chunks that a rank has whole at once; 0 where layers are gathered one by one.
+    """
+
+    rounds: float
+    slots: int
+
+
+def find_gathers(model: ModelConfig, *, layout: Layout, num_tokens: int, runtime: Runtime) -> Gathers:
+    """Return the gathers of a layout whose parameters and gradients are split over data (`zero` 3, or `fsdp`)."""
+    if layout.zero != 3 or layout.gathers == "layer":
+        return Gathers(rounds=2 * layout.microbatches, slots=0)
+    if layout.pipe == 1:
+        return Gathers(rounds=1, slots=layout.chunks)
+    return _count(
+        layout.schedule,
+        num_ranks=layout.pipe,
+        num_microbatches=layout.microbatches,
+        num_chunks=layout.chunks,
+        traits=runtime.order_traits,
+        terms=search_terms(model, layout=layout, num_tokens=num_tokens, runtime=runtime),
+    )
+
+
+@lru_cache(maxsize=1024)
+def _count(
+    schedule: str,
+    *,
+    num_ranks: int,
+    num_microbatches: int,
+    num_chunks: int,
+    traits: OrderTraits,
+    terms: SearchTerms | None,
+) -> Gathers:
+    def run(count: int) -> tuple[int, int]:
+        sizes = {"num_ranks": num_ranks, "num_microbatches": count, "num_chunks": num_chunks}
+        return count_gathers(plan_schedule(schedule, **sizes, traits=traits, terms=terms))
+
+    sizes = {"num_ranks": num_ranks, "num_stages": num_ranks * num_chunks, "num_microbatches": num_microbatches}
+    gathers = extrapolate(lambda count: run(count)[1], schedule, **sizes)
+    # Every chunk has been at work beside every other by then.
+    slots, _ = run(min(num_microbatches, 2 * num_ranks * num_chunks))
+    return Gathers(rounds=gathers / num_chunks, slots=slots)
+
+
 def update_time(
     model: ModelConfig,
     *,
@@ -54,7 +111,7 @@ def update_time(
 
     Args:
         layers, ends, rounds: what that rank holds of the layers, and of embedding and head; times that it gathers each
-            parameter in a step, where gradients are split too (`chunk_gathers.py`).
+            parameter in a step, where gradients are split too (`find_gathers`).
     """
     params = device_params(model, layout=layout, runtime=runtime, layers=layers, ends=ends)
     # Frozen weights are gathered where they are sharded; gradients and moments are those of trained parameters.
