@@ -38,11 +38,12 @@ def inspect_step(
     return report_step(compiled, setup, hardware=hardware, devices_per_node=devices_per_node, compile_s=compile_s)
 
 
-def compile_step(setup: Setup, *, hardware: Hardware | None = None) -> tuple[Any, float]:
+def compile_step(setup: Setup, *, hardware: Hardware | None = None, is_traced: bool = False) -> tuple[Any, float]:
     """Compile the training step; return it with the time of tracing and compiling in seconds.
 
     Args:
         hardware: GPUs that are not present, so that the program is the one that their memory would allow.
+        is_traced: whether a profiler is to find its instructions.
 
     Raises:
         ProgramError: the compiler rejects the step.
@@ -54,7 +55,7 @@ def compile_step(setup: Setup, *, hardware: Hardware | None = None) -> tuple[Any
         compiled = compile_for(
             lowered,
             platform=setup.mesh.devices.flat[0].platform,
-            more=step_options(setup),
+            more=step_options(setup, is_traced=is_traced),
             absent_bytes=None if hardware is None else hardware.memory_bytes,
         )
     except jax.errors.JaxRuntimeError as error:

@@ -55,16 +55,7 @@ def list_operations(
     program, module = HloModule.parse(text), text.split(maxsplit=2)[1].rstrip(",")
     work = count_work(program, count_executions(program, num_devices=num_devices), num_devices=num_devices)
     known = {operation.name: operation for operation in work.operations if operation.kind != "control"}
-    totals: dict[str, list[float]] = {}
-    # In jax 0.12 reading an event's stats warns of a deprecation; as a Python error that would abort the C++ reader.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        events = list(_list_events(Path(folder), module))
-    for name, time_s in events:
-        if name in known:
-            total = totals.setdefault(name, [0, 0.0])
-            total[0] += 1
-            total[1] += time_s
+    totals = _sum_events(Path(folder), module, known=set(known), wrappers=_find_wrappers(program))
     found = [
         TimedOperation(
             name=name,
@@ -77,6 +68,37 @@ def list_operations(
         for name, (count, time_s) in totals.items()
     ]
     return tuple(sorted(found, key=lambda operation: -operation.time_s))
+
+
+def _sum_events(folder: Path, module: str, *, known: set[str], wrappers: Mapping[str, str]) -> dict[str, list[float]]:
+    """Return the number of events and the seconds of each known instruction that has any."""
+    totals: dict[str, list[float]] = {}
+    # In jax 0.12 reading an event's stats warns of a deprecation; as a Python error that would abort the C++ reader.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        events = list(_list_events(folder, module))
+    for event, time_s in events:
+        name = event if event in known else wrappers.get(event)
+        if name in known:
+            total = totals.setdefault(name, [0, 0.0])
+            total[0] += 1
+            total[1] += time_s
+    return totals
+
+
+def _find_wrappers(program: HloModule) -> dict[str, str]:
+    """Return the fusion or asynchronous call around each instruction inside one.
+
+    A product of cuBLAS that reads a slice in place is alone in such a fusion, and its kernel has its own name.
+    """
+    return {
+        inner: outer.name
+        for _, outer in program.instructions()
+        if outer.opcode in ("fusion", "async-start")
+        for names in outer.called().values()
+        for name in names
+        for inner in program.computations[name].instructions
+    }
 
 
 def sum_classes(operations: Sequence[TimedOperation]) -> Mapping[WorkClass, float]:

@@ -27,16 +27,18 @@ class CompiledSteps:
     evaluate: Callable[..., Any]
 
 
-def compile_steps(setup: Setup, *, say: Say) -> CompiledSteps:
+def compile_steps(setup: Setup, *, is_traced: bool = False, say: Say) -> CompiledSteps:
     """Compile both programs, and say how long each took.
+
+    Args:
+        is_traced: whether a profiler is to find the instructions of the training step.
 
     Raises:
         RunError: the processes of the run would run different programs.
     """
+    more = step_options(setup, is_traced=is_traced)
     return CompiledSteps(
-        train=_compile(
-            "train step", make_train_step(setup), setup, setup.peak_rate_shape, more=step_options(setup), say=say
-        ),
+        train=_compile("train step", make_train_step(setup), setup, setup.peak_rate_shape, more=more, say=say),
         evaluate=compile_eval_step(setup, say=say),
     )
 

@@ -34,6 +34,11 @@ class StepProfile:
         self._folder, self._num_steps, self._say = folder / "profile", num_steps, say
         self._first, self._is_on = WARM_UP_STEPS + 1, False
 
+    @property
+    def is_wanted(self) -> bool:
+        """Whether steps are to be traced."""
+        return self._num_steps > 0
+
     def begin_after(self, first_step: int, *, steps: int) -> None:
         """Choose the steps to trace, in a run that takes the steps after `first_step` up to `steps`.
 

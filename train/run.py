@@ -131,7 +131,7 @@ def build_run(
     run = Run(
         setup=setup,
         data=data,
-        compiled=compile_steps(setup, say=tell),
+        compiled=compile_steps(setup, is_traced=profile.is_wanted, say=tell),
         intervals=make_intervals(config, first_step=first_step),
         saver=StateSaver(setup=setup, checkpoints=checkpoints, folder=folder, data=data, plateau=plateau),
         plateau=plateau,

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jaxlib
 import optax
 
 from ..layers.experts.balance import move_biases
@@ -31,6 +32,8 @@ Batch = dict[str, jax.Array]
 With `data.packing` also `segments` and `positions` int32, as in `data/documents.py`."""
 
 _JOINED_UP_TO = "xla_gpu_all_gather_combine_threshold_bytes"
+_LAUNCHED_TOGETHER = "xla_gpu_enable_command_buffer"
+_WRITTEN_IN_PLACE = "xla_gpu_enable_dynamic_slice_fusion"
 _STARTED_EARLY = "xla_gpu_experimental_collective_start_as_early_as_possible"
 
 
@@ -169,15 +172,23 @@ def _noise_metrics(setup: Setup, out: LossAndGrads, batch: Batch, *, grad_norm: 
     return measure_noise(grad_norm, out.shard_squares, batch["weights"], num_shards=setup.sizes.data)
 
 
-def step_options(setup: Setup) -> dict[str, Any]:
+def step_options(setup: Setup, *, is_traced: bool = False) -> dict[str, Any]:
     """Return the compiler options that a training step has beside those of `xla.py`, on GPUs.
 
-    They are those of `pipeline_grads` and, where layers or chunks gather their weights, the bytes up to which XLA joins
-    gathers; where layers do, also that a gather starts before the first product of the layer before. By itself XLA
-    starts it before the last one, which is too late between nodes.
+    They are those of `pipeline_grads`, what loops over layers need in one version of XLA, and, where layers or chunks
+    gather their weights, the bytes up to which XLA joins gathers; where layers do, also that a gather starts before the
+    first product of the layer before. By itself XLA starts it before the last one, which is too late between nodes.
+
+    Args:
+        is_traced: whether a profiler is to find the instructions: without command buffers (CUDA graphs) then, whose
+            kernels have no names.
     """
-    options, shard = _overlap_options(setup), setup.config.train.shard
-    if shard not in ("chunk", "layer") or platform_of(setup.mesh) not in GPUS:
+    options, shard = _overlap_options(setup) | _loop_options(setup), setup.config.train.shard
+    if platform_of(setup.mesh) not in GPUS:
+        return options
+    if is_traced:
+        options |= {_LAUNCHED_TOGETHER: ""}
+    if shard not in ("chunk", "layer"):
         return options
     if shard == "layer" and _STARTED_EARLY not in xla_flags():
         options |= {_STARTED_EARLY: True}
@@ -198,6 +209,18 @@ def _overlap_options(setup: Setup) -> dict[str, Any]:
     # Weights that were gathered once a step lie elsewhere, and an early start exposes more of what goes over tensor:
     # benchmarks/RESULTS.md, "What stands beside the messages".
     return {name: on for name, on in options.items() if setup.config.train.shard != "step" or name != _STARTED_EARLY}
+
+
+def _loop_options(setup: Setup) -> dict[str, Any]:
+    """Return {}, or on jaxlib 0.11 in a loop over layers that products do not write into slices of arrays themselves.
+
+    There XLA computes a product twice if a slice of what is kept for the backward is not its only use: once into the
+    slice, once for the rest of the layer (openxla/xla 45799). A fifth of the flops of a step are then for nothing.
+    """
+    doubles = jaxlib.__version__.startswith("0.11.") and setup.config.pipeline.unroll == "off"
+    if not doubles or platform_of(setup.mesh) not in GPUS or _WRITTEN_IN_PLACE in xla_flags():
+        return {}
+    return {_WRITTEN_IN_PLACE: False}
 
 
 def make_eval_step(setup: Setup) -> Callable[[TrainState, Batch], jax.Array]:

@@ -57,6 +57,16 @@ SHAPES: dict[str, Shape] = {
         tokens=32_768,
         microbatch_tokens=8_192,
     ),
+    "8b": Shape(
+        vocab_size=128_256,
+        num_layers=4,
+        hidden_size=4096,
+        num_heads=32,
+        num_kv_heads=8,
+        ffn_size=14_336,
+        tokens=32_768,
+        microbatch_tokens=8_192,
+    ),
     "tiny": Shape(
         vocab_size=512,
         num_layers=2,

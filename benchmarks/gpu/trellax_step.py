@@ -23,6 +23,9 @@ from benchmarks.gpu.shapes import SHAPES, Shape
 PEAK_SIZE = 8192
 """Rows of the square matrices whose product measures the peak."""
 
+VECTOR_SHARE = 1 / 15
+"""float32 flops of the vector units over bfloat16 flops of the matrix units: 67 of 990 Tflop/s on an H100."""
+
 
 def config_of(shape: Shape, seq_len: int, overrides: list[str], folder: str) -> RunConfig:
     """Return the config of a shape, written as a user would."""
@@ -79,8 +82,9 @@ def measure(config: RunConfig, *, num_steps: int, folder: Path) -> dict[str, Any
         return {"predicted_bytes": report.memory.total, "roofline_s": bound_s, "recompute_flops": recomputed}
 
     def profile() -> dict[str, Any]:
-        trace_steps(compiled, state, (batch, setup.peak_rate), folder=folder / "profile", num_steps=2)
-        return describe_profile(folder / "profile", compiled, find_hardware(device), num_steps=2)
+        traced, _ = compile_step(setup, is_traced=True)
+        trace_steps(traced, state, (batch, setup.peak_rate), folder=folder / "profile", num_steps=2)
+        return describe_profile(folder / "profile", traced, find_hardware(device), num_steps=2)
 
     # The times are kept even if one of these parts fails on a machine that nobody has tried.
     parts = {"peak": partial(find_peak, device), "prediction": predict, "profile": profile}
@@ -146,17 +150,42 @@ def describe_profile(folder: Path, compiled: Any, hardware: Any, *, num_steps: i
 
 def find_hardware(device: Any) -> Any:
     """Return the device's peaks from XLA's description of it, or measure those of a CPU."""
+    from trellax.meshes import TargetError
     from trellax.programs import hardware_from_description, list_gpus, measure_host
 
     if device.platform == "cpu":
         return measure_host(num_devices=1, memory_bytes=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     words = device.device_kind.lower().removeprefix("nvidia ").split()
-    known = list_gpus()
+    try:
+        known = list_gpus()
+    except TargetError:
+        # Only jax 0.12's plugin brings descriptions.
+        return _from_data_sheet(device)
     name = next((name for name in known if name.split("-")[0] == words[0] and len(name.split("-")) == len(words)), None)
     name = name or next((name for name in known if name.startswith(words[0])), None)
     if name is None:
         raise LookupError(f"{device.device_kind} is none of {', '.join(known)}")
     return hardware_from_description(known[name])
+
+
+def _from_data_sheet(device: Any) -> Any:
+    """Return the peaks of a device that the planner knows."""
+    from trellax.plan.machines.detect import match_accelerator
+    from trellax.programs.hardware import Hardware
+
+    known = match_accelerator(device.device_kind)
+    if known is None:
+        raise LookupError(f"the planner has no data sheet of {device.device_kind}")
+    peaks = {"bf16": known.flops_per_s["bfloat16"], "f32": known.flops_per_s["float32"]}
+    return Hardware(
+        name=known.key,
+        memory_bytes=known.memory_bytes,
+        memory_bytes_per_s=known.memory_bytes_per_s,
+        matrix_flops_per_s=peaks | {"f8e4m3fn": known.flops_per_s.get("float8", 0.0)},
+        vector_flops_per_s=VECTOR_SHARE * peaks["bf16"],
+        link_bytes_per_s=known.link_bytes_per_s,
+        network_bytes_per_s=known.network_bytes_per_s,
+    )
 
 
 def find_peak(device: Any) -> dict[str, Any]:

@@ -40,22 +40,33 @@ class Order:
     starts: jax.Array
 
 
+_BLOCK = 128
+"""Pairs that are compared with each other to count those before one: its square is what a block costs."""
+
+
 def order_pairs(experts_nk: jax.Array, *, num_experts: int) -> Order:
-    """Return the order of the pairs of tokens and experts: a stable sort."""
+    """Return the order of the pairs of tokens and experts, stable, by counting.
+
+    A pair comes after those of its expert in earlier blocks of 128 pairs, and those before it in its own. Counts are in
+    order without a sort, which on an H100 takes three times as long.
+    """
     pairs = experts_nk.reshape(-1)
-    by_expert = _argsort(pairs)
-    counts = jax.nn.one_hot(pairs, num_experts, dtype=jnp.int32).sum(0)
+    size = pairs.size
+    # What fills the last block belongs to no expert.
+    blocks = jnp.pad(pairs, (0, -size % _BLOCK), constant_values=num_experts).reshape(-1, _BLOCK)
+    in_blocks = jax.nn.one_hot(blocks, num_experts, dtype=jnp.int32).sum(1)
+    counts = in_blocks.sum(0)
     starts = jnp.cumsum(counts) - counts
-    in_order = jnp.arange(pairs.size, dtype=jnp.int32) - starts[pairs[by_expert]]
-    rank = in_order[_argsort(by_expert)].reshape(experts_nk.shape)
-    return Order(by_expert=by_expert, rank=rank, experts=experts_nk, counts=counts, starts=starts)
-
-
-def _argsort(keys: jax.Array) -> jax.Array:
-    """Return the stable order of keys [n], int32 [n]."""
-    # jax.numpy's has the type of the numbers 0 to n - 1, the same on all devices, where the keys differ.
-    numbers = mark_varying(jnp.arange(keys.size, dtype=jnp.int32), varying_axes(keys))
-    return jax.lax.sort((keys, numbers), num_keys=1, is_stable=True)[1]
+    earlier = jnp.take_along_axis(jnp.cumsum(in_blocks, axis=0) - in_blocks, jnp.minimum(blocks, num_experts - 1), 1)
+    is_before = np.tril(np.ones((_BLOCK, _BLOCK), bool), -1)
+    own = ((blocks[:, :, None] == blocks[:, None]) & is_before[None]).sum(-1, dtype=jnp.int32)
+    rank = (earlier + own).reshape(-1)[:size]
+    # jax.numpy's numbers have the type of those of all devices alike, where the pairs differ.
+    numbers = mark_varying(jnp.arange(size, dtype=jnp.int32), varying_axes(pairs))
+    by_expert = jnp.zeros_like(numbers).at[starts[pairs] + rank].set(numbers, unique_indices=True)
+    return Order(
+        by_expert=by_expert, rank=rank.reshape(experts_nk.shape), experts=experts_nk, counts=counts, starts=starts
+    )
 
 
 @jax.tree_util.register_dataclass

@@ -13,7 +13,7 @@ NAMES = sorted(file.parent.name for file in (ROOT / "benchmarks").glob("*/run.py
 MISTAKES = {
     "gpu --minutes 0": "argument --minutes: expected a number above 0, got 0",
     "gpu --steps x": "argument --steps: expected a whole number, got 'x'",
-    "gpu 2b@2048": "argument CASE: expected SHAPE@TOKENS with a shape of 125m, 1b, 3b, tiny, got '2b@2048'",
+    "gpu 2b@2048": "argument CASE: expected SHAPE@TOKENS with a shape of 125m, 1b, 3b, 8b, tiny, got '2b@2048'",
     "overhead --rounds 0": "argument --rounds: expected 1 or more, got 0",
     "planner nowhere": "DataError: nowhere is no folder.",
     "precision --steps 20": "argument --steps: expected 40 or more, two windows of 20 steps, got 20",

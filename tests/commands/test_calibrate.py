@@ -19,7 +19,7 @@ MISTAKES = {
 @pytest.fixture(autouse=True)
 def small_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     """What takes half a minute takes a second."""
-    monkeypatch.setattr(measure, "_OF_CPU", Sizes(products=(64,), copied=1 << 20, summed=(1 << 16, 1 << 18)))
+    monkeypatch.setattr(measure, "_OF_CPU", Sizes(products=(64,), taller=2, copied=1 << 20, summed=(1 << 16, 1 << 18)))
     monkeypatch.setattr(measure, "_BUDGET_S", 0.01)
 
 

@@ -55,7 +55,7 @@ def test_products_in_8_bits_are_measured_where_there_are_units_for_them(tmp_path
     h200, a100 = (SimpleNamespace(platform="gpu", device_kind=f"NVIDIA {name}") for name in ("H200", "A100-SXM4-80GB"))
     assert [measure._product_dtypes([one])[2:] for one in (h200, a100, jax.devices()[0])] == [("float8",), (), ()]
     mesh = Mesh(np.array(jax.devices()[:1]), ("device",))
-    assert measure._product(mesh, 32, "float8").rate > 0
+    assert measure._product(mesh, 32, "float8", 2).rate > 0
     found = [*FOUND, measured("product float8 1024", 6e11)]
     file = tmp_path / "machine.toml"
     file.write_text(format_topology(figures_of(jax.devices(), found), found, date="2026-11-26"))
@@ -70,7 +70,9 @@ def test_one_device_sums_nothing_and_is_a_topology_too(tmp_path: Path) -> None:
 
 
 def test_devices_are_measured_at_once_and_progress_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "_OF_CPU", Sizes(products=(32, 64), copied=MIB, summed=(MIB // 16, MIB // 8)))
+    monkeypatch.setattr(
+        measure, "_OF_CPU", Sizes(products=(32, 64), taller=2, copied=MIB, summed=(MIB // 16, MIB // 8))
+    )
     monkeypatch.setattr(measure, "_BUDGET_S", 0.01)
     told: list[str] = []
     found = measure_devices(jax.devices(), say=told.append)

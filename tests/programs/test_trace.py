@@ -4,7 +4,8 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from trellax.programs.trace import format_operations, list_operations, sum_classes
+from trellax.programs.hlo import HloModule
+from trellax.programs.trace import _find_wrappers, format_operations, list_operations, sum_classes
 
 
 def test_products_of_a_loop_are_found_as_often_as_they_ran(tmp_path: Path) -> None:
@@ -31,3 +32,21 @@ def test_products_of_a_loop_are_found_as_often_as_they_ran(tmp_path: Path) -> No
     text = format_operations(operations, num_steps=2, top=1)
     assert text.startswith(f"{500 * sum(one.time_s for one in operations):,.1f} ms a step")
     assert len(text.splitlines()) == 2
+
+
+def test_kernel_of_a_product_inside_a_fusion_counts_for_the_fusion() -> None:
+    """On GPUs cuBLAS's products that read a slice in place are wrapped, and their kernels have the inner name."""
+    text = """HloModule jit_step, is_scheduled=true
+
+%inner (p0: bf16[8,8], p1: bf16[8,8]) -> bf16[8,8] {
+  %p0 = bf16[8,8]{1,0} parameter(0)
+  %p1 = bf16[8,8]{1,0} parameter(1)
+  ROOT %custom-call.7 = bf16[8,8]{1,0} custom-call(%p0, %p1), custom_call_target="__cublas$lt$matmul"
+}
+
+ENTRY %main (a: bf16[8,8]) -> bf16[8,8] {
+  %a = bf16[8,8]{1,0} parameter(0)
+  ROOT %dynamic_slice_fusion.3 = bf16[8,8]{1,0} fusion(%a, %a), kind=kCustom, calls=%inner
+}
+"""
+    assert _find_wrappers(HloModule.parse(text))["custom-call.7"] == "dynamic_slice_fusion.3"
