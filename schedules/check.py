@@ -17,6 +17,9 @@ _TICKS_SHOWN = 8
 Place = tuple[int, int, int]
 """Tick, rank and position within the cell."""
 
+Number = tuple[int, Kind, int]
+"""Stage, kind and microbatch of an action."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Unchecked:
@@ -47,10 +50,16 @@ def check_actions(schedule: Unchecked) -> None:
     stray = next((action for action in places if is_split and action.kind == "B"), None)
     if stray:
         _fail(schedule, places[stray], f"runs {stray}, but other backwards are in halves; split all or none.")
+    # By numbers, since a schedule has thousands of actions, and a search hundreds of schedules.
+    by_number = {(action.stage, action.kind, action.microbatch): place for action, place in places.items()}
+    kinds: tuple[Kind, ...] = ("F", "I", "W") if is_split else ("F", "B")
     for stage in range(schedule.num_stages):
+        needed = {
+            kind: _needed_kinds(stage, kind, num_stages=schedule.num_stages, has_halves=is_split) for kind in kinds
+        }
         for microbatch in range(schedule.num_microbatches):
-            for kind in ("F", "I", "W") if is_split else ("F", "B"):
-                _check_needs(schedule, Action(stage=stage, kind=kind, microbatch=microbatch), places)
+            for kind in kinds:
+                _check_needs(schedule, (stage, kind, microbatch), needed[kind], by_number)
 
 
 def check_sizes(*, num_ranks: int, num_microbatches: int, num_chunks: int = 1) -> None:
@@ -70,16 +79,18 @@ def needs(action: Action, *, num_stages: int, has_halves: bool) -> list[Action]:
     The forward of stage s needs that of stage s - 1. A backward needs the forward of its stage and the backward (its
     input gradient, if backwards are split) of stage s + 1. A weight gradient needs the input gradient of its stage.
     """
+    needed = _needed_kinds(action.stage, action.kind, num_stages=num_stages, has_halves=has_halves)
+    return [Action(stage=stage, kind=kind, microbatch=action.microbatch) for stage, kind in needed]
 
-    def other(stage: int, kind: Kind) -> Action:
-        return Action(stage=stage, kind=kind, microbatch=action.microbatch)
 
-    if action.kind == "F":
-        return [other(action.stage - 1, "F")] if action.stage else []
-    if action.kind == "W":
-        return [other(action.stage, "I")]
-    is_last = action.stage == num_stages - 1
-    return [other(action.stage, "F")] + ([] if is_last else [other(action.stage + 1, "I" if has_halves else "B")])
+def _needed_kinds(stage: int, kind: Kind, *, num_stages: int, has_halves: bool) -> tuple[tuple[int, Kind], ...]:
+    """Return stage and kind of the actions of a microbatch that must finish before one of it."""
+    if kind == "F":
+        return ((stage - 1, "F"),) if stage else ()
+    if kind == "W":
+        return ((stage, "I"),)
+    is_last = stage == num_stages - 1
+    return ((stage, "F"),) if is_last else ((stage, "F"), (stage + 1, "I" if has_halves else "B"))
 
 
 def _place_actions(schedule: Unchecked) -> dict[Action, Place]:
@@ -111,19 +122,27 @@ def _check_place(schedule: Unchecked, action: Action, place: Place) -> None:
         _fail(schedule, place, f"runs {action} after another {action.kind} in one tick; a tick holds one of each kind.")
 
 
-def _check_needs(schedule: Unchecked, action: Action, places: dict[Action, Place]) -> None:
-    if action not in places:
-        _fail_missing(schedule, action)
-    tick, rank, position = places[action]
-    is_split = action.kind in ("I", "W")
-    for needed in needs(action, num_stages=schedule.num_stages, has_halves=is_split):
-        if needed not in places:
-            _fail_missing(schedule, needed)
-        needed_tick, needed_rank, needed_position = places[needed]
+def _check_needs(
+    schedule: Unchecked, number: Number, needed: tuple[tuple[int, Kind], ...], places: dict[Number, Place]
+) -> None:
+    place, microbatch = places.get(number), number[2]
+    if place is None:
+        _fail_missing(schedule, number)
+    tick, rank, position = place
+    for stage, kind in needed:
+        before = places.get((stage, kind, microbatch))
+        if before is None:
+            _fail_missing(schedule, (stage, kind, microbatch))
         # Between ranks a result is sent at the end of a tick; on one rank the order within the cell decides.
-        is_met = needed_tick < tick or (needed_rank == rank and needed_tick == tick and needed_position < position)
+        is_met = before[0] < tick or (before[1] == rank and before[0] == tick and before[2] < position)
         if not is_met:
-            _fail(schedule, places[action], f"runs {action} at tick {tick}, before {needed} has finished.")
+            missed = _action_of((stage, kind, microbatch))
+            _fail(schedule, place, f"runs {_action_of(number)} at tick {tick}, before {missed} has finished.")
+
+
+def _action_of(number: Number) -> Action:
+    stage, kind, microbatch = number
+    return Action(stage=stage, kind=kind, microbatch=microbatch)
 
 
 def _fail(schedule: Unchecked, place: Place, what: str) -> NoReturn:
@@ -133,7 +152,8 @@ def _fail(schedule: Unchecked, place: Place, what: str) -> NoReturn:
     raise ScheduleError(f"schedule {schedule.name!r}: rank {rank} {what}\n" + "\n".join(lines))
 
 
-def _fail_missing(schedule: Unchecked, action: Action) -> NoReturn:
+def _fail_missing(schedule: Unchecked, number: Number) -> NoReturn:
+    action = _action_of(number)
     lines = _draw_until(schedule, len(schedule.ticks) - 1)
     raise ScheduleError(f"schedule {schedule.name!r} never runs {action}.\n" + "\n".join(lines))
 
