@@ -55,7 +55,7 @@ def check_actions(schedule: Unchecked) -> None:
     kinds: tuple[Kind, ...] = ("F", "I", "W") if is_split else ("F", "B")
     for stage in range(schedule.num_stages):
         needed = {
-            kind: _needed_kinds(stage, kind, num_stages=schedule.num_stages, has_halves=is_split) for kind in kinds
+            kind: needed_kinds(stage, kind, num_stages=schedule.num_stages, has_halves=is_split) for kind in kinds
         }
         for microbatch in range(schedule.num_microbatches):
             for kind in kinds:
@@ -79,11 +79,11 @@ def needs(action: Action, *, num_stages: int, has_halves: bool) -> list[Action]:
     The forward of stage s needs that of stage s - 1. A backward needs the forward of its stage and the backward (its
     input gradient, if backwards are split) of stage s + 1. A weight gradient needs the input gradient of its stage.
     """
-    needed = _needed_kinds(action.stage, action.kind, num_stages=num_stages, has_halves=has_halves)
+    needed = needed_kinds(action.stage, action.kind, num_stages=num_stages, has_halves=has_halves)
     return [Action(stage=stage, kind=kind, microbatch=action.microbatch) for stage, kind in needed]
 
 
-def _needed_kinds(stage: int, kind: Kind, *, num_stages: int, has_halves: bool) -> tuple[tuple[int, Kind], ...]:
+def needed_kinds(stage: int, kind: Kind, *, num_stages: int, has_halves: bool) -> tuple[tuple[int, Kind], ...]:
     """Return stage and kind of the actions of a microbatch that must finish before one of it."""
     if kind == "F":
         return ((stage - 1, "F"),) if stage else ()

@@ -8,10 +8,12 @@ Read `schedule.py` for what a tick is.
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
+from operator import lt
 
 from ..meshes.errors import ScheduleError
 from .action import Action
-from .check import check_sizes, needs
+from .check import check_sizes, needed_kinds
 from .grid import Cell, Ticks
 from .placement import LOOP, Placement
 from .schedule import Schedule
@@ -23,6 +25,9 @@ Orders = Sequence[Sequence[Action]]
 
 # One action per tick, or up to one of each kind: F, B, I and W.
 _WIDTHS = (1, 4)
+
+_NEVER = -1
+"""Tick of an action that has not run."""
 
 
 def schedule_from_orders(
@@ -66,47 +71,57 @@ def fill_ticks(orders: Orders, *, width: int, num_chunks: int, name: str, vocab:
     Raises:
         ScheduleError: the ranks wait for each other.
     """
-    sources = _find_sources(orders, num_chunks=num_chunks)
+    # Actions by their number, since a search makes many schedules of thousands of actions.
+    actions = [action for order in orders for action in order]
+    sources = _find_sources(actions, num_stages=len(orders) * num_chunks)
     last = len(orders) * num_chunks - 1
-    tick_of: dict[Action, int] = {}
-    next_of = [0] * len(orders)
-    ticks: list[tuple[Cell, ...]] = []
+    # With a split vocabulary the loss is computed after the tick of the last forward: see `vocab.py`.
+    is_after = [vocab == "split" and one.stage == last and one.kind in ("B", "I") for one in actions]
+    starts = list(accumulate(map(len, orders), initial=0))
+    next_of, ticks = starts[:-1], list[tuple[Cell, ...]]()
+    tick_of = [_NEVER] * (len(actions) + 1)
 
-    def is_ready(action: Action, cell: Cell) -> bool:
-        # With a split vocabulary the loss is computed after the tick of the last forward: see `vocab.py`.
-        if vocab == "split" and action.stage == last and action.kind in ("B", "I"):
-            cell = ()
-        return all(other in cell or tick_of.get(other, len(ticks)) < len(ticks) for other in sources[action])
-
-    def fill(order: Sequence[Action]) -> Cell:
+    def fill(first: int, end: int) -> list[int]:
         # As many of the rank's next actions as can run in this tick: the first that cannot ends the cell.
-        cell: Cell = ()
-        for action in order:
-            if action.kind in {other.kind for other in cell} or not is_ready(action, cell):
+        cell: list[int] = []
+        for number in range(first, min(first + width, end)):
+            own = () if is_after[number] else cell
+            if any(actions[other].kind == actions[number].kind for other in cell):
                 break
-            cell = (*cell, action)
+            if any(tick_of[other] == _NEVER and other not in own for other in sources[number]):
+                break
+            cell.append(number)
         return cell
 
-    while any(place < len(order) for place, order in zip(next_of, orders, strict=True)):
-        cells = tuple(fill(order[place : place + width]) for place, order in zip(next_of, orders, strict=True))
+    while any(map(lt, next_of, starts[1:])):
+        cells = list(map(fill, next_of, starts[1:]))
         # No rank has anything to run although some are not done: each waits for another.
         if not any(cells):
+            places = [place - start for place, start in zip(next_of, starts, strict=False)]
             raise ScheduleError(
-                _draw_deadlock(orders, next_of, name),
+                _draw_deadlock(orders, places, name),
                 fix="move what is waited for to an earlier place in its rank's order.",
             )
         for rank, cell in enumerate(cells):
             next_of[rank] += len(cell)
-            tick_of.update(dict.fromkeys(cell, len(ticks)))
-        ticks.append(cells)
+            for number in cell:
+                tick_of[number] = len(ticks)
+        ticks.append(tuple(tuple(actions[number] for number in cell) for cell in cells))
     return tuple(ticks)
 
 
-def _find_sources(orders: Orders, *, num_chunks: int) -> dict[Action, list[Action]]:
-    """Return what each action needs."""
-    actions = [action for order in orders for action in order]
-    has_halves = any(action.kind == "I" for action in actions)
-    return {action: needs(action, num_stages=len(orders) * num_chunks, has_halves=has_halves) for action in actions}
+def _find_sources(actions: Sequence[Action], *, num_stages: int) -> list[list[int]]:
+    """Return the numbers of the actions that each one needs; one that is not there has the number after the last."""
+    # Of a repeated action, which `Schedule` refuses, the first one counts.
+    number_of = {(one.stage, one.kind, one.microbatch): number for number, one in reversed(list(enumerate(actions)))}
+    has_halves = any(one.kind == "I" for one in actions)
+    return [
+        [
+            number_of.get((stage, kind, one.microbatch), len(actions))
+            for stage, kind in needed_kinds(one.stage, one.kind, num_stages=num_stages, has_halves=has_halves)
+        ]
+        for one in actions
+    ]
 
 
 def _draw_deadlock(orders: Orders, next_of: Sequence[int], name: str) -> str:
