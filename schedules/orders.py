@@ -26,9 +26,6 @@ Orders = Sequence[Sequence[Action]]
 # One action per tick, or up to one of each kind: F, B, I and W.
 _WIDTHS = (1, 4)
 
-_NEVER = -1
-"""Tick of an action that has not run."""
-
 
 def schedule_from_orders(
     orders: Orders,
@@ -79,7 +76,7 @@ def fill_ticks(orders: Orders, *, width: int, num_chunks: int, name: str, vocab:
     is_after = [vocab == "split" and one.stage == last and one.kind in ("B", "I") for one in actions]
     starts = list(accumulate(map(len, orders), initial=0))
     next_of, ticks = starts[:-1], list[tuple[Cell, ...]]()
-    tick_of = [_NEVER] * (len(actions) + 1)
+    is_done = [False] * (len(actions) + 1)
 
     def fill(first: int, end: int) -> list[int]:
         # As many of the rank's next actions as can run in this tick: the first that cannot ends the cell.
@@ -88,7 +85,7 @@ def fill_ticks(orders: Orders, *, width: int, num_chunks: int, name: str, vocab:
             own = () if is_after[number] else cell
             if any(actions[other].kind == actions[number].kind for other in cell):
                 break
-            if any(tick_of[other] == _NEVER and other not in own for other in sources[number]):
+            if any(not is_done[other] and other not in own for other in sources[number]):
                 break
             cell.append(number)
         return cell
@@ -97,15 +94,13 @@ def fill_ticks(orders: Orders, *, width: int, num_chunks: int, name: str, vocab:
         cells = list(map(fill, next_of, starts[1:]))
         # No rank has anything to run although some are not done: each waits for another.
         if not any(cells):
-            places = [place - start for place, start in zip(next_of, starts, strict=False)]
-            raise ScheduleError(
-                _draw_deadlock(orders, places, name),
-                fix="move what is waited for to an earlier place in its rank's order.",
+            raise _explain_deadlock(
+                orders, [place - start for place, start in zip(next_of, starts, strict=False)], name
             )
         for rank, cell in enumerate(cells):
             next_of[rank] += len(cell)
             for number in cell:
-                tick_of[number] = len(ticks)
+                is_done[number] = True
         ticks.append(tuple(tuple(actions[number] for number in cell) for cell in cells))
     return tuple(ticks)
 
@@ -124,10 +119,13 @@ def _find_sources(actions: Sequence[Action], *, num_stages: int) -> list[list[in
     ]
 
 
-def _draw_deadlock(orders: Orders, next_of: Sequence[int], name: str) -> str:
+def _explain_deadlock(orders: Orders, next_of: Sequence[int], name: str) -> ScheduleError:
     lines = [
         f"  rank {rank} | {' '.join(map(str, order[max(0, place - 4) : place]))} -> "
         + (f"{order[place]}  <-- waits" if place < len(order) else "done")
         for rank, (order, place) in enumerate(zip(orders, next_of, strict=True))
     ]
-    return f"schedule {name!r} cannot run: no rank can go on.\n" + "\n".join(lines)
+    return ScheduleError(
+        f"schedule {name!r} cannot run: no rank can go on.\n" + "\n".join(lines),
+        fix="move what is waited for to an earlier place in its rank's order.",
+    )
