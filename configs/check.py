@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal, get_args
 
+from ..layers import param_counts
 from ..layers.own.load import check_classes
 from ..meshes import ConfigError, MeshError, MeshSpec, ModelError, ScheduleError, ShardingRules, TrellaxError
 from ..meshes.arguments import check_choice, check_count
@@ -161,6 +162,12 @@ def _check_decay(config: RunConfig) -> Iterator[TrellaxError]:
 def _check_adapters(config: RunConfig) -> Iterator[TrellaxError]:
     """Yield an error for each choice that has no use where adapters alone are trained."""
     rank = config.model.lora_rank
+    if rank and not param_counts(config.model).adapters:
+        yield ConfigError(
+            f"model.lora_rank={rank} with model.lora_targets={list(config.model.lora_targets)}: nothing would be "
+            "trained.",
+            fix="leave model.lora_targets out, for adapters on all linear layers of blocks.",
+        )
     if rank and config.optimizer.kind == "muon":
         yield ConfigError(
             f"optimizer.kind='muon' updates kernels, and model.lora_rank={rank} trains none of them.",

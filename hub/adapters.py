@@ -1,7 +1,8 @@
 """Take the adapters out of a tree of parameters, put them back, and merge them into the kernels that they adapt.
 
 Parameters are a tree {"embed", "blocks", "head"}; beside blocks.*.kernel [L, in, out] lie lora_a [L, in, r] and lora_b
-[L, r, out]. A merged model is the model without adapters (Hu et al. 2021, section 4.1):
+[L, r, out]; those of experts are [L, E, ...]. A merged model is the model without adapters (Hu et al. 2021, section
+4.1):
 
     kernel + (alpha / r) lora_a @ lora_b
 
@@ -9,7 +10,7 @@ With magnitudes lora_m [L, out] its columns are scaled to these lengths (Liu et 
 """
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -18,8 +19,10 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ..layers import ModelConfig
-from ..layers.lora.adapter import column_lengths
-from ..layers.lora.check_config import ADAPTERS, ATTENTION_TARGETS, MAGNITUDE, TRAINED, lora_scale, lora_targets
+from ..layers.experts.kinds import layer_kinds
+from ..layers.lora.adapter import column_lengths, merged
+from ..layers.lora.check_config import ADAPTERS, MAGNITUDE, TRAINED, lora_scale
+from ..layers.lora.linears import Linear, adapted_of
 
 _A, _B = ADAPTERS
 
@@ -64,26 +67,51 @@ def with_lengths(params: Any) -> Any:
     return found
 
 
-def layers_with_adapters(config: ModelConfig) -> dict[str, tuple[str, str]]:
-    """Return the place of each layer with an adapter in the tree of a block, by its name."""
-    parts = {name: "attention" if name in ATTENTION_TARGETS else "mlp" for name in lora_targets(config)}
-    return {name: (part, name) for name, part in parts.items()}
+@dataclass(frozen=True, kw_only=True)
+class AdaptedKernel:
+    """A kernel with an adapter, or those of all experts, in the tree {"embed", "blocks", "head"}.
+
+    path: names of the nodes that lead to its parameters, ("blocks", "mlp", "up") say.
+    linear: which linear layer it is.
+    """
+
+    path: tuple[str, ...]
+    linear: Linear
+
+
+def adapted_kernels(config: ModelConfig) -> tuple[AdaptedKernel, ...]:
+    """Return the kernels of a model that have adapters; where layers are of two kinds, those of each."""
+    return tuple(
+        AdaptedKernel(path=("blocks", *([kind.name] if kind.name else []), *one.place), linear=one)
+        for kind in layer_kinds(config)
+        for one in adapted_of(kind.config)
+    )
 
 
 def adapter_shapes(config: ModelConfig, shapes: Any) -> Any:
     """Return the shapes of a model's adapters in float32, split as the kernels among `shapes` are."""
     found: dict[str, Any] = {}
-    for part, name in layers_with_adapters(config).values():
-        kernel = shapes["blocks"][part][name]["kernel"]
-        layers, d_in, d_out = [*kernel.sharding.spec, None, None, None][:3]
-        sizes, rank, mesh = kernel.shape, config.lora_rank, kernel.sharding.mesh
-        a = _shape((sizes[0], sizes[1], rank), NamedSharding(mesh, PartitionSpec(layers, d_in, None)))
-        b = _shape((sizes[0], rank, sizes[2]), NamedSharding(mesh, PartitionSpec(layers, None, d_out)))
-        found.setdefault(part, {})[name] = {_A: a, _B: b}
+    for own in adapted_kernels(config):
+        kernel = node_at(shapes, own.path)["kernel"]
+        # Layers, and experts if there are some, are the leading dimensions.
+        (*lead, d_in, d_out), mesh = kernel.shape, kernel.sharding.mesh
+        *first, row, column = [*kernel.sharding.spec, *[None] * len(kernel.shape)][: len(kernel.shape)]
+        sizes = {_A: (*lead, d_in, config.lora_rank), _B: (*lead, config.lora_rank, d_out)}
+        specs = {_A: PartitionSpec(*first, row, None), _B: PartitionSpec(*first, None, column)}
         if config.lora_magnitude == "on":
-            spec = PartitionSpec(layers, d_out)
-            found[part][name][MAGNITUDE] = _shape((sizes[0], sizes[2]), NamedSharding(mesh, spec))
-    return {"blocks": found}
+            sizes[MAGNITUDE], specs[MAGNITUDE] = (*lead, d_out), PartitionSpec(*first, column)
+        node = found
+        for name in own.path:
+            node = node.setdefault(name, {})
+        node |= {name: _shape(size, NamedSharding(mesh, specs[name])) for name, size in sizes.items()}
+    return found
+
+
+def node_at(tree: Any, path: tuple[str, ...]) -> Any:
+    """Return a node of a tree of parameters, by the names that lead to it."""
+    for name in path:
+        tree = tree[name]
+    return tree
 
 
 def _shape(sizes: tuple[int, ...], sharding: NamedSharding) -> jax.ShapeDtypeStruct:
@@ -92,21 +120,23 @@ def _shape(sizes: tuple[int, ...], sharding: NamedSharding) -> jax.ShapeDtypeStr
 
 def merge_adapters(params: Any, adapters: Any, *, config: ModelConfig) -> Any:
     """Return the parameters with adapters merged; kernels that have one are donated. Products are in float32."""
-    blocks = dict(params["blocks"])
-    for part, name in layers_with_adapters(config).values():
-        layer, own = blocks[part][name], adapters["blocks"][part][name]
-        given = (layer["kernel"], own[_A], own[_B], own.get(MAGNITUDE))
+    for own in adapted_kernels(config):
+        layer, added = node_at(params, own.path), node_at(adapters, own.path)
+        given = (layer["kernel"], added[_A], added[_B], added.get(MAGNITUDE))
         kernel = _merge_on(layer["kernel"].sharding)(*given, lora_scale(config))
-        blocks[part] = blocks[part] | {name: layer | {"kernel": kernel}}
-    return params | {"blocks": blocks}
+        params = _replace(params, (*own.path, "kernel"), kernel)
+    return params
+
+
+def _replace(tree: Any, path: tuple[str, ...], leaf: jax.Array) -> Any:
+    """Return a tree with another leaf in the place to which names lead; the tree itself stays as it is."""
+    return tree | {path[0]: _replace(tree[path[0]], path[1:], leaf)} if path else leaf
 
 
 @lru_cache(maxsize=16)
 def _merge_on(sharding: Any) -> Any:
     def merge(kernel: jax.Array, a: jax.Array, b: jax.Array, m: jax.Array | None, scale: jax.Array) -> jax.Array:
-        product = jnp.einsum("ldr,lrf->ldf", a, b, precision="highest", preferred_element_type=jnp.float32)
-        merged = kernel.astype(jnp.float32) + jnp.float32(scale) * product
-        merged = merged if m is None else merged * (m / column_lengths(merged))[:, None]
-        return merged.astype(kernel.dtype)
+        product = jnp.einsum("...dr,...rf->...df", a, b, precision="highest", preferred_element_type=jnp.float32)
+        return merged(kernel, jnp.float32(scale) * product, m).astype(kernel.dtype)
 
     return jax.jit(merge, out_shardings=sharding, donate_argnums=0)

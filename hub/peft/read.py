@@ -11,15 +11,17 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from ...layers import ModelConfig
-from ...layers.lora.check_config import TARGETS
 from ...meshes import WeightsError
 from ...meshes.errors import shown
-from ..adapters import adapter_shapes
+from ..adapters import adapter_shapes, node_at
 from ..cached_folder import find_model_folder
 from ..folder import find_file, read_json
-from .names import CONFIG_FILE, WEIGHTS_FILE, adapted_layers, tensor_ends
+from .names import CONFIG_FILE, WEIGHTS_FILE, AdaptedLayer, adapted_layers, tensor_ends
 
-_REFUSED = ("rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform", "layer_replication")
+_REFUSED = (
+    *("rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform", "layer_replication"),
+    "target_parameters",
+)
 _SHOWN = 5
 
 
@@ -106,14 +108,16 @@ def read_adapters(opened: PeftFolder, config: ModelConfig, shapes: Any) -> tuple
     every = replace(config, lora_rank=opened.rank, lora_alpha=opened.alpha, lora_magnitude=opened.magnitude)
     ends = tensor_ends(every)
     known = adapted_layers(every, joined="leave out")
-    targets = [own.name for own in known if own.tensor_name(0, ends["lora_a"]) in tensors]
-    model = replace(every, lora_targets=tuple(name for name in TARGETS if name in targets))
+    first = {own: own.tensor_name((0,) * own.tensor.num_stacked, ends["lora_a"]) for own in known}
+    targets = tuple(dict.fromkeys(own.kernel.linear.name for own in known if first[own] in tensors))
+    model = replace(every, lora_targets=targets)
     wanted, layers = adapter_shapes(model, shapes), adapted_layers(model) if targets else ()
     names = {
-        own.tensor_name(number, end): _swapped(wanted["blocks"][own.part][own.name][param].shape[1:])
+        own.tensor_name(number, end): _swapped(leaf.shape[own.tensor.num_stacked :])
         for own in layers
-        for number in range(config.num_layers)
-        for param, end in ends.items()
+        for param, leaf in node_at(wanted, own.kernel.path).items()
+        for number in own.numbers(leaf.shape)
+        for end in (ends[param],)
     }
     mistakes = [f"{name} is no adapter of a layer of this model" for name in tensors if name not in names]
     mistakes += [f"{name} is missing" for name in names if name not in tensors]
@@ -126,12 +130,17 @@ def read_adapters(opened: PeftFolder, config: ModelConfig, shapes: Any) -> tuple
         more = [f"and {len(mistakes) - _SHOWN} more"] if len(mistakes) > _SHOWN else []
         lines = [f"{opened.folder / WEIGHTS_FILE} does not fit the model in {opened.base}:", *mistakes[:_SHOWN], *more]
         raise WeightsError("\n  ".join(lines), fix="use the base that the adapters were trained on.")
-    for own in layers:
-        part = wanted["blocks"][own.part][own.name]
-        for param, end in ends.items():
-            stack = [tensors[own.tensor_name(number, end)].T for number in range(config.num_layers)]
-            part[param] = _place(np.stack(stack).astype(np.float32), part[param])
+    _fill(wanted, layers, tensors, ends)
     return model, wanted
+
+
+def _fill(wanted: Any, layers: tuple[AdaptedLayer, ...], tensors: Mapping[str, np.ndarray], ends: Any) -> None:
+    """Put the tensors of adapters in the places of their shapes."""
+    for own in layers:
+        node = node_at(wanted, own.kernel.path)
+        for param, end in ends.items():
+            stack = [tensors[own.tensor_name(number, end)].T for number in own.numbers(node[param].shape)]
+            node[param] = _place(np.stack(stack).reshape(node[param].shape).astype(np.float32), node[param])
 
 
 def _place(whole: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:

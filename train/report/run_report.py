@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from ...layers import param_counts
-from ...layers.lora.check_config import lora_targets
+from ...layers.lora.linears import adapted_names
 from ...layers.own.counts import tell_counts
 from ...meshes import RunError, ScheduleError, sharding_table
 from ...meshes.arguments import check_count
@@ -131,7 +131,7 @@ def _tell_own(setup: Setup, *, width: int | None) -> str:
 def _tell_adapters(setup: Setup) -> str:
     """Return a line with the number of parameters that are trained, "" where all are."""
     model = setup.config.model
-    counts, names = param_counts(model), ", ".join(lora_targets(model))
+    counts, names = param_counts(model), ", ".join(adapted_names(model))
     if not counts.adapters:
         return ""
     share = f"{counts.adapters:,} of {counts.total:,} parameters ({counts.adapters / counts.total:.2%}) are trained"
