@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal, get_args
 
-from ..layers import param_counts
+from ..layers.lora.linears import adapted_names
 from ..layers.own.load import check_classes
 from ..meshes import ConfigError, MeshError, MeshSpec, ModelError, ScheduleError, ShardingRules, TrellaxError
 from ..meshes.arguments import check_choice, check_count
@@ -146,7 +146,7 @@ def _check_lengths(config: RunConfig) -> Iterator[TrellaxError]:
 def _check_adapters(config: RunConfig) -> Iterator[TrellaxError]:
     """Yield an error for each choice that has no use where adapters alone are trained."""
     rank = config.model.lora_rank
-    if rank and not param_counts(config.model).adapters:
+    if rank and not adapted_names(config.model):
         yield ConfigError(
             f"model.lora_rank={rank} with model.lora_targets={list(config.model.lora_targets)}: nothing would be "
             "trained.",

@@ -22,7 +22,7 @@ from ..layers import ModelConfig
 from ..layers.experts.kinds import layer_kinds
 from ..layers.lora.adapter import column_lengths, merged
 from ..layers.lora.check_config import ADAPTERS, MAGNITUDE, TRAINED, lora_scale
-from ..layers.lora.linears import Linear, adapted_of
+from ..layers.lora.linears import HEAD, Linear, adapted_of, has_adapted_head, head_linear
 
 _A, _B = ADAPTERS
 
@@ -63,8 +63,14 @@ def with_lengths(params: Any) -> Any:
         return params
     found = {name: with_lengths(own) for name, own in params.items()}
     if MAGNITUDE in found:
-        found[MAGNITUDE] = jax.jit(column_lengths, out_shardings=found[MAGNITUDE].sharding)(found["kernel"])
+        lengths = column_lengths if "kernel" in found else _row_lengths
+        kernel = found.get("kernel", found.get("table"))
+        found[MAGNITUDE] = jax.jit(lengths, out_shardings=found[MAGNITUDE].sharding)(kernel)
     return found
+
+
+def _row_lengths(table_VD: jax.Array) -> jax.Array:
+    return column_lengths(table_VD.T)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,33 +84,55 @@ class AdaptedKernel:
     path: tuple[str, ...]
     linear: Linear
 
+    @property
+    def is_head(self) -> bool:
+        """Whether it is the output table [V, D], beside which B is [V, r]."""
+        return self.linear.name == HEAD
+
+    @property
+    def kernel(self) -> str:
+        """The name of the kernel among its parameters."""
+        return "table" if self.is_head else "kernel"
+
 
 def adapted_kernels(config: ModelConfig) -> tuple[AdaptedKernel, ...]:
     """Return the kernels of a model that have adapters; where layers are of two kinds, those of each."""
-    return tuple(
+    of_blocks = tuple(
         AdaptedKernel(path=("blocks", *([kind.name] if kind.name else []), *one.place), linear=one)
         for kind in layer_kinds(config)
         for one in adapted_of(kind.config)
     )
+    own = head_linear(config)
+    return (*of_blocks, AdaptedKernel(path=(HEAD,), linear=own)) if has_adapted_head(config) else of_blocks
 
 
 def adapter_shapes(config: ModelConfig, shapes: Any) -> Any:
     """Return the shapes of a model's adapters in float32, split as the kernels among `shapes` are."""
     found: dict[str, Any] = {}
     for own in adapted_kernels(config):
-        kernel = node_at(shapes, own.path)["kernel"]
-        # Layers, and experts if there are some, are the leading dimensions.
-        (*lead, d_in, d_out), mesh = kernel.shape, kernel.sharding.mesh
-        *first, row, column = [*kernel.sharding.spec, *[None] * len(kernel.shape)][: len(kernel.shape)]
-        sizes = {_A: (*lead, d_in, config.lora_rank), _B: (*lead, config.lora_rank, d_out)}
-        specs = {_A: PartitionSpec(*first, row, None), _B: PartitionSpec(*first, None, column)}
-        if config.lora_magnitude == "on":
-            sizes[MAGNITUDE], specs[MAGNITUDE] = (*lead, d_out), PartitionSpec(*first, column)
+        kernel = node_at(shapes, own.path)[own.kernel]
         node = found
         for name in own.path:
             node = node.setdefault(name, {})
-        node |= {name: _shape(size, NamedSharding(mesh, specs[name])) for name, size in sizes.items()}
+        node |= _adapter_of(own, kernel, rank=config.lora_rank)
+        if config.lora_magnitude == "off":
+            del node[MAGNITUDE]
     return found
+
+
+def _adapter_of(own: AdaptedKernel, kernel: jax.ShapeDtypeStruct, *, rank: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return the shapes of the adapter and of the magnitudes of a kernel [..., in, out], or of the table [V, D]."""
+    # Layers, and experts if there are some, are the leading dimensions.
+    *lead, d_in, d_out = kernel.shape[::-1] if own.is_head else kernel.shape
+    spec = [*kernel.sharding.spec, *[None] * len(kernel.shape)][: len(kernel.shape)]
+    *first, row, column = spec[::-1] if own.is_head else spec
+    b: tuple[Any, Any] = (*lead, rank, d_out), (*first, None, column)
+    # The head's has a row for each word, as its table has.
+    b = (b[0][::-1], b[1][::-1]) if own.is_head else b
+    sizes: dict[str, Any] = {_A: (*lead, d_in, rank), _B: b[0], MAGNITUDE: (*lead, d_out)}
+    specs: dict[str, Any] = {_A: (*first, row, None), _B: b[1], MAGNITUDE: (*first, column)}
+    mesh = kernel.sharding.mesh
+    return {name: _shape(size, NamedSharding(mesh, PartitionSpec(*specs[name]))) for name, size in sizes.items()}
 
 
 def node_at(tree: Any, path: tuple[str, ...]) -> Any:
@@ -122,9 +150,10 @@ def merge_adapters(params: Any, adapters: Any, *, config: ModelConfig) -> Any:
     """Return the parameters with adapters merged; kernels that have one are donated. Products are in float32."""
     for own in adapted_kernels(config):
         layer, added = node_at(params, own.path), node_at(adapters, own.path)
-        given = (layer["kernel"], added[_A], added[_B], added.get(MAGNITUDE))
-        kernel = _merge_on(layer["kernel"].sharding)(*given, lora_scale(config))
-        params = _replace(params, (*own.path, "kernel"), kernel)
+        given = (layer[own.kernel], added[_A], added[_B], added.get(MAGNITUDE))
+        merge = _merge_table_on if own.is_head else _merge_on
+        kernel = merge(layer[own.kernel].sharding)(*given, lora_scale(config))
+        params = _replace(params, (*own.path, own.kernel), kernel)
     return params
 
 
@@ -138,5 +167,14 @@ def _merge_on(sharding: Any) -> Any:
     def merge(kernel: jax.Array, a: jax.Array, b: jax.Array, m: jax.Array | None, scale: jax.Array) -> jax.Array:
         product = jnp.einsum("...dr,...rf->...df", a, b, precision="highest", preferred_element_type=jnp.float32)
         return merged(kernel, jnp.float32(scale) * product, m).astype(kernel.dtype)
+
+    return jax.jit(merge, out_shardings=sharding, donate_argnums=0)
+
+
+@lru_cache(maxsize=4)
+def _merge_table_on(sharding: Any) -> Any:
+    def merge(table: jax.Array, a: jax.Array, b: jax.Array, m: jax.Array | None, scale: jax.Array) -> jax.Array:
+        product = jnp.einsum("dr,vr->dv", a, b, precision="highest", preferred_element_type=jnp.float32)
+        return merged(table.T, jnp.float32(scale) * product, m).T.astype(table.dtype)
 
     return jax.jit(merge, out_shardings=sharding, donate_argnums=0)

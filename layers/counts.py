@@ -13,7 +13,7 @@ from .attention.counts import attention_vectors, attention_weights, attention_wi
 from .block import Remat
 from .config import ModelConfig
 from .experts.kinds import layer_kinds
-from .lora.counts import count_adapters, products_width, scaled_widths, used_weights
+from .lora.counts import count_adapters, count_head_adapter, products_width, scaled_widths, used_weights
 from .options.check_config import windows_of_layers
 from .own.check_config import has_own_classes
 from .own.counts import block_params, norm_params, own_flops
@@ -30,7 +30,7 @@ class ParamCounts:
 
     In a model whose first `dense_layers` are dense, `dense_block` counts one of these, and `block` one of the others.
     `head` counts the final norm, and the projection to the vocabulary where it is not tied to the embedding; `adapters`
-    those of all blocks, which `block` leaves out.
+    those of all blocks, which `block` leaves out, and `head_adapter` that of the output table.
     """
 
     embedding: int
@@ -41,6 +41,7 @@ class ParamCounts:
     dense_block: int = 0
     dense_layers: int = 0
     adapters: int = 0
+    head_adapter: int = 0
 
     @property
     def blocks(self) -> int:
@@ -50,12 +51,12 @@ class ParamCounts:
     @property
     def total(self) -> int:
         """Number of parameters of the whole model, tied ones counted once."""
-        return self.embedding + self.positions + self.blocks + self.head + self.adapters
+        return self.embedding + self.positions + self.blocks + self.head + self.adapters + self.head_adapter
 
     @property
     def trained(self) -> int:
         """Number of parameters that are trained: those of adapters where there are any, else all."""
-        return self.adapters or self.total
+        return self.adapters + self.head_adapter or self.total
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +114,7 @@ def param_counts(config: ModelConfig) -> ParamCounts:
         dense_block=blocks[0] if config.dense_layers else 0,
         dense_layers=config.dense_layers,
         adapters=count_adapters(config),
+        head_adapter=count_head_adapter(config),
     )
 
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Literal
 
+import numpy as np
+
 from ...layers import ModelConfig
 from ...meshes import WeightsError
 from ..adapters import AdaptedKernel, adapted_kernels, without_lora
@@ -49,13 +51,18 @@ class AdaptedLayer:
     @property
     def is_transposed(self) -> bool:
         """Whether that kernel is [out, in], as torch's linear layers have it."""
-        return self.tensor.layout == "transposed"
+        return self.tensor.layout == "transposed" or self.kernel.is_head
 
     @property
     def module(self) -> str:
         """The last names of the layer, as `target_modules` lists it."""
         # GPT-2, whose kernels are not transposed, has two layers c_proj in a block.
         return self.tensor.name.rpartition("." if self.is_transposed else "{layer}.")[2]
+
+    def turn(self, matrix: np.ndarray, param: str) -> np.ndarray:
+        """Return a parameter of the adapter as PEFT has it, or one of PEFT's as a model has it: transposed."""
+        # The head's B is as the table is, [V, r].
+        return matrix if self.kernel.is_head and param == "lora_b" else matrix.T
 
     def tensor_name(self, number: tuple[int, ...], end: str) -> str:
         """Return the name of a tensor of the adapter of a layer, or of an expert in it, by its end."""
@@ -80,7 +87,7 @@ def adapted_layers(
     """
     names, found = _names_of(config, architecture), []
     for own in adapted_kernels(config):
-        place = names.place_of(".".join((*own.path, "kernel")), num_dense=config.dense_layers)
+        place = names.place_of(".".join((*own.path, own.kernel)), num_dense=config.dense_layers)
         if reason := _find_shared_tensor(own, place):
             if joined == "leave out":
                 continue

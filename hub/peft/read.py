@@ -11,12 +11,13 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from ...layers import ModelConfig
+from ...layers.lora.linears import HEAD
 from ...meshes import WeightsError
 from ...meshes.errors import shown
 from ..adapters import adapter_shapes, node_at
 from ..cached_folder import find_model_folder
 from ..folder import find_file, read_json
-from .names import CONFIG_FILE, WEIGHTS_FILE, AdaptedLayer, adapted_layers, tensor_ends
+from .names import CONFIG_FILE, ENDS, WEIGHTS_FILE, AdaptedLayer, adapted_layers, tensor_ends
 
 _REFUSED = (
     *("rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform", "layer_replication"),
@@ -106,18 +107,17 @@ def read_adapters(opened: PeftFolder, config: ModelConfig, shapes: Any) -> tuple
     """
     tensors = _load(opened.folder)
     every = replace(config, lora_rank=opened.rank, lora_alpha=opened.alpha, lora_magnitude=opened.magnitude)
+    every = every if config.embeddings == "tied" else replace(every, lora_targets=("*", HEAD))
     ends = tensor_ends(every)
-    known = adapted_layers(every, joined="leave out")
-    first = {own: own.tensor_name((0,) * own.tensor.num_stacked, ends["lora_a"]) for own in known}
-    targets = tuple(dict.fromkeys(own.kernel.linear.name for own in known if first[own] in tensors))
+    targets = _find_targets(tensors, every, shapes)
     model = replace(every, lora_targets=targets)
     wanted, layers = adapter_shapes(model, shapes), adapted_layers(model) if targets else ()
     names = {
-        own.tensor_name(number, end): _swapped(leaf.shape[own.tensor.num_stacked :])
+        own.tensor_name(number, ends[param]): shape
         for own in layers
         for param, leaf in node_at(wanted, own.kernel.path).items()
+        for shape in (own.turn(np.empty(leaf.shape[own.tensor.num_stacked :]), param).shape,)
         for number in own.numbers(leaf.shape)
-        for end in (ends[param],)
     }
     mistakes = [f"{name} is no adapter of a layer of this model" for name in tensors if name not in names]
     mistakes += [f"{name} is missing" for name in names if name not in tensors]
@@ -134,21 +134,33 @@ def read_adapters(opened: PeftFolder, config: ModelConfig, shapes: Any) -> tuple
     return model, wanted
 
 
+def _find_targets(tensors: dict[str, np.ndarray], every: ModelConfig, shapes: Any) -> tuple[str, ...]:
+    """Return the linear layers of a model with all adapters that have one among tensors.
+
+    The table that PEFT saves beside the adapter of a head is left out of these: it is frozen, and the base's.
+    """
+    found: dict[str, None] = {}
+    for own in adapted_layers(every, joined="leave out"):
+        copy = own.tensor_name((), ".base_layer.weight") if own.kernel.is_head else ""
+        if copy in tensors and tensors[copy].shape == shapes[HEAD]["table"].shape:
+            del tensors[copy]
+        if own.tensor_name((0,) * own.tensor.num_stacked, ENDS["lora_a"]) in tensors:
+            found[own.kernel.linear.name] = None
+    return tuple(found)
+
+
 def _fill(wanted: Any, layers: tuple[AdaptedLayer, ...], tensors: Mapping[str, np.ndarray], ends: Any) -> None:
     """Put the tensors of adapters in the places of their shapes."""
     for own in layers:
         node = node_at(wanted, own.kernel.path)
         for param, end in ends.items():
-            stack = [tensors[own.tensor_name(number, end)].T for number in own.numbers(node[param].shape)]
-            node[param] = _place(np.stack(stack).reshape(node[param].shape).astype(np.float32), node[param])
+            names = [own.tensor_name(number, end) for number in own.numbers(node[param].shape)]
+            whole = np.stack([own.turn(tensors[name], param) for name in names])
+            node[param] = _place(whole.reshape(node[param].shape).astype(np.float32), node[param])
 
 
 def _place(whole: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:
     return jax.make_array_from_callback(like.shape, like.sharding, lambda index: whole[index])
-
-
-def _swapped(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return shape[::-1]
 
 
 def _load(folder: Path) -> dict[str, np.ndarray]:

@@ -60,7 +60,7 @@ def tensors_of(adapters: Any, layers: Sequence[AdaptedLayer], ends: Mapping[str,
         for name, end in ends.items():
             whole = np.asarray(node_at(adapters, own.kernel.path)[name], np.float32)
             for number in own.numbers(whole.shape):
-                tensors[own.tensor_name(number, end)] = np.ascontiguousarray(whole[number].T)
+                tensors[own.tensor_name(number, end)] = np.ascontiguousarray(own.turn(whole[number], name))
     return tensors
 
 

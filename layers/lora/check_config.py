@@ -7,7 +7,7 @@ from typing import Any, Literal
 from ...meshes import ModelError
 from ...meshes.errors import shown, suggest
 from .frozen_kernels import check_base
-from .linears import NO_LINEARS, LayerRun, adapted_of, ends_of, layer_runs, matching_layers
+from .linears import HEAD, NO_LINEARS, LayerRun, adapted_of, ends_of, has_adapted_head, layer_runs, matching_layers
 
 ADAPTERS = ("lora_a", "lora_b")
 """Names of the matrices of an adapter, [in, r] and [r, out]."""
@@ -53,6 +53,13 @@ def lora_of(config: Any, name: str) -> Lora | None:
     return Lora(rank=rank, scale=lora_scale(config), magnitude=config.lora_magnitude, base=config.lora_base)
 
 
+def lora_of_head(config: Any) -> Lora | None:
+    """Return the adapter of the output table, None if it has none."""
+    if not has_adapted_head(config):
+        return None
+    return Lora(rank=config.lora_rank, scale=lora_scale(config), magnitude=config.lora_magnitude)
+
+
 def lora_scale(config: Any) -> float:
     """Return alpha / rank; alpha is the rank if it is left out."""
     return (config.lora_alpha or config.lora_rank) / config.lora_rank
@@ -96,6 +103,13 @@ def _check_given(config: Any) -> None:
 
 def _check_pattern(pattern: str, runs: tuple[LayerRun, ...], config: Any) -> None:
     """Raise unless a pattern matches a linear layer of the model."""
+    if pattern == HEAD:
+        if config.embeddings == "tied":
+            raise ModelError(
+                f"lora_targets has {HEAD!r}, and embeddings='tied': the table of the head is the embedding's.",
+                fix="leave head out, or set embeddings='untied' if the weights are.",
+            )
+        return
     if any(matching_layers(pattern, one.name, run) for run in runs for one in run.linears):
         return
     last = pattern.rpartition(".")[2]

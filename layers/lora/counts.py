@@ -2,20 +2,28 @@
 
 from typing import Any
 
-from .linears import Linear, adapted_by_run, adapted_of, layer_runs
+from .linears import Linear, adapted_by_run, adapted_of, has_adapted_head, head_linear, layer_runs
 
 
 def count_adapters(config: Any) -> int:
-    """Return the number of parameters of all adapters of a `ModelConfig`, with the magnitudes of columns."""
+    """Return the number of parameters of the adapters of all blocks, with the magnitudes of columns."""
     given: dict[str, Any] = {"rank": config.lora_rank, "magnitude": config.lora_magnitude}
     runs = zip(layer_runs(config), adapted_by_run(config), strict=True)
     return sum(run.count * sum(one.adapter_params(**given) for one in own) for run, own in runs)
 
 
+def count_head_adapter(config: Any) -> int:
+    """Return the number of parameters of the adapter of the output table, 0 if it has none."""
+    if not has_adapted_head(config):
+        return 0
+    return head_linear(config).adapter_params(config.lora_rank, magnitude=config.lora_magnitude)
+
+
 def used_weights(config: Any) -> int:
     """Return the weights of adapters that a token uses: of experts those that it chooses."""
     runs = zip(layer_runs(config), adapted_by_run(config), strict=True)
-    return sum(
+    of_head = config.lora_rank * (config.hidden_size + config.vocab_size) if has_adapted_head(config) else 0
+    return of_head + sum(
         run.count * config.lora_rank * (one.num_in + one.num_out) * (config.experts_per_token if one.copies > 1 else 1)
         for run, own in runs
         for one in own

@@ -5,6 +5,7 @@
     layers.3.mlp.down                    a dense feed-forward
     layers.3.mlp.experts.down            those of all experts of a mixture: an adapter each
     layers.3.mlp.shared.down             its shared experts
+    head                                 the output table, where it is not the embedding's
 
 A pattern matches a layer if it matches its whole name or an end of it that begins at a dot: "down" matches the last
 three, "mlp.*" the last three, "mlp.down" one, "*.attention.*" the first two. `*` stands for any text, dots too.
@@ -17,6 +18,9 @@ from typing import Any, Literal, NamedTuple
 
 NO_LINEARS = ("none",)
 """`lora_targets` of a kind of layers of which none has an adapter; empty ones stand for all."""
+
+HEAD = "head"
+"""The name of the output table, which has an adapter only where `lora_targets` has this very name."""
 
 _MOST_CACHED = 256
 
@@ -88,8 +92,19 @@ def adapted_by_run(config: Any) -> tuple[tuple[Linear, ...], ...]:
 
 
 def adapted_names(config: Any) -> tuple[str, ...]:
-    """Return the names of all linear layers of a model that have adapters, each once."""
-    return tuple(dict.fromkeys(one.name for own in adapted_by_run(config) for one in own))
+    """Return the names of all linear layers of a model that have adapters, each once, and of the head."""
+    names = dict.fromkeys(one.name for own in adapted_by_run(config) for one in own)
+    return (*names, HEAD) if has_adapted_head(config) else tuple(names)
+
+
+def has_adapted_head(config: Any) -> bool:
+    """Return whether the output table has an adapter."""
+    return config.lora_rank > 0 and HEAD in config.lora_targets
+
+
+def head_linear(config: Any) -> Linear:
+    """Return the output table as a linear layer, [D, V@tensor]."""
+    return Linear(name=HEAD, place=(), num_in=config.hidden_size, num_out=config.vocab_size, split="columns")
 
 
 def targets_of_run(config: Any, number: int) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from trellax.layers import ModelConfig
 
-from .law import answer_of, beyond, errors_of, pipeline_step
+from .law import answer_of, beyond, errors_of, pipeline_step, small_model
 from .test_dense_layers import mixed
 from .test_experts import TOLERANCE, experts
 from .test_frozen import frozen_answer
@@ -32,6 +32,8 @@ MODELS: dict[str, ModelConfig] = {
     "latents": replace(latents(**FEW), **LORA, lora_targets=("attention.*", "experts.gate")),
     "latents with magnitudes": replace(latents(queries=0, **FEW), **DORA, lora_targets=("attention.*",)),
     "latents in four bits": replace(latents(**FEW), **NF4),
+    "head": replace(small_model(style="llama", embeddings="untied"), **LORA, lora_targets=("up", "head")),
+    "head alone": replace(small_model(style="llama", embeddings="untied"), **DORA, lora_targets=("head",)),
     "two kinds": replace(mixed(dense=1), **LORA),
     "one of two kinds": replace(mixed(dense=1), **DORA, lora_targets=("mlp.down", "shared.*")),
 }
@@ -45,11 +47,20 @@ CASES: tuple[dict[str, Any], ...] = (
     {"mesh": "1x1x1", "schedule": "gpipe"},
 )
 
+WITHOUT_EXPERTS = {
+    "expert=2,tensor=2,pipe=2": "2x2x2",
+    "data=2,expert=2,pipe=2": "4x1x2",
+    "data=2,expert=2,tensor=2": "4x2x1",
+}
+"""Meshes for models that have no experts to split."""
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case.values())))
 def test_adapters_have_the_gradients_of_one_device(case: dict[str, Any], name: str) -> None:
+    if not MODELS[name].num_experts:
+        case = case | {"mesh": WITHOUT_EXPERTS.get(case["mesh"], case["mesh"])}
     assert broken_gradients(MODELS[name], case) == {}
 
 

@@ -132,9 +132,9 @@ def _tell_adapters(setup: Setup) -> str:
     """Return a line with the number of parameters that are trained, "" where all are."""
     model = setup.config.model
     counts, names = param_counts(model), ", ".join(adapted_names(model))
-    if not counts.adapters:
+    if not model.lora_rank:
         return ""
-    share = f"{counts.adapters:,} of {counts.total:,} parameters ({counts.adapters / counts.total:.2%}) are trained"
+    share = f"{counts.trained:,} of {counts.total:,} parameters ({counts.trained / counts.total:.2%}) are trained"
     kind = "adapters and magnitudes" if model.lora_magnitude == "on" else "adapters"
     return f"\n{share}: {kind} of rank {model.lora_rank} on {names}"
 

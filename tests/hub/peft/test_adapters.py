@@ -73,9 +73,10 @@ def test_merged_kernel_is_what_the_files_say(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("magnitude", [pytest.param("off", marks=pytest.mark.slow), "on"])
 def test_model_with_merged_adapters_is_the_model_with_them_beside(magnitude: Magnitude) -> None:
-    """Of all kinds of linear layers: attention from latent vectors, a dense layer, experts and shared ones."""
+    """Of all kinds of linear layers: attention from latent vectors, a dense layer, experts, shared ones, the head."""
     plain = read_hub_model(MIXED).config
-    config = replace(plain, lora_rank=3, lora_alpha=6.0, lora_magnitude=magnitude)
+    own: dict[str, Any] = {"lora_rank": 3, "lora_alpha": 6.0, "lora_targets": ("*", "head")}
+    config = replace(plain, **own, lora_magnitude=magnitude)
     base, adapters = read_weights(MIXED, shapes_of(MIXED)), random_adapters(config, MIXED)
     tokens = jnp.arange(12)[None] % 61
     beside = with_params(config, join_adapters(base, adapters))(tokens)
@@ -91,7 +92,7 @@ def with_params(config: ModelConfig, params: Any) -> Any:
     return model
 
 
-@pytest.mark.parametrize("targets", [(), ("attention.*", "experts.down"), ("mlp.shared.up", "mlp.gate")], ids=str)
+@pytest.mark.parametrize("targets", [(), ("attention.*", "experts.down"), ("mlp.shared.up", "head")], ids=str)
 def test_adapters_of_a_mixture_are_read_by_the_names_of_separate_modules(
     targets: tuple[str, ...], tmp_path: Path
 ) -> None:

@@ -52,6 +52,7 @@ def test_peft_loads_our_adapters_with_the_same_logits(
 def test_we_load_adapters_of_peft_with_the_same_logits(name: str, variant: dict[str, bool], tmp_path: Path) -> None:
     base = transformers.AutoModelForCausalLM.from_pretrained(GOLDEN / name, dtype=torch.float32)
     modules = ["c_fc"] if name == "gpt2" else ["q_proj", "v_proj", "o_proj", "down_proj"]
+    modules += ["lm_head"] if name == "llama3" else []
     options = {"fan_in_fan_out": name == "gpt2", "init_lora_weights": False} | variant
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=modules, task_type="CAUSAL_LM", **options)
     model = peft.get_peft_model(base, config)
@@ -67,13 +68,14 @@ def test_we_load_adapters_of_peft_with_the_same_logits(name: str, variant: dict[
 @pytest.mark.parametrize(
     ("name", "targets"),
     [
+        ("llama3", ("query", "head")),
         ("qwen3_moe", ()),
         ("mixtral", ()),
         ("deepseek_v2", ("attention.*", "mlp.experts.*")),
         ("deepseek_v3", ("query.*", "experts.down")),
     ],
 )
-def test_peft_loads_our_adapters_of_experts_with_the_same_logits(
+def test_peft_loads_our_adapters_of_chosen_layers_with_the_same_logits(
     name: str, targets: tuple[str, ...], tmp_path: Path
 ) -> None:
     hub = read_hub_model(GOLDEN / name)

@@ -92,6 +92,7 @@ def test_model_with_adapters_is_the_same_split_by_the_compiler(targets: tuple[st
         (EXPERTS | {"dense_layers": 1}, (), "on"),
         (EXPERTS | {"dense_layers": 1}, ("mlp.experts.*",), "off"),
         (EXPERTS | LATENTS, ("*.attention.*", "shared.down"), "on"),
+        ({"embeddings": "untied"}, ("up", "head"), "on"),
     ],
 )
 def test_counts_are_those_of_the_parameters(more: dict[str, Any], targets: tuple[str, ...], magnitude: Any) -> None:
@@ -119,6 +120,7 @@ def test_frozen_weights_have_one_product_in_the_backward() -> None:
         ({"lora_rank": 2, "lora_targets": ("qurey",)}, "Did you mean 'query'"),
         ({"lora_rank": 2, "lora_targets": ["query"]}, "is not a tuple of names"),
         ({"lora_rank": 2, "lora_targets": ("gate",), "mlp": "gelu"}, "mlp='gelu' has none"),
+        ({"lora_rank": 2, "lora_targets": ("head",)}, "the table of the head is the embedding's"),
     ],
 )
 def test_fields_that_do_not_agree_are_refused(fields: dict[str, Any], message: str) -> None:
