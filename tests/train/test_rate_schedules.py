@@ -73,6 +73,16 @@ def test_rate_that_cannot_be_is_refused_before_a_run(text: str, said: str) -> No
         check_rates(section_of(text, "--optimizer.warmup_steps=0"), steps=20)
 
 
+def test_call_may_be_longer_than_a_name() -> None:
+    parts = ", ".join(["linear_schedule(init_value=1.0, end_value=0.5, transition_steps=10)"] * 9)
+    text = f"join_schedules([{parts}], boundaries={list(range(10, 90, 10))})"
+    rate = make_learning_rate(section_of(text, "--optimizer.warmup_steps=0"), steps=90, peak=1.0)
+    assert [float(rate(step)) for step in (0, 5, 85)] == pytest.approx([1.0, 0.75, 0.75])
+    nested = "join_schedules([" * 200 + "1" + "], [1])" * 200
+    with pytest.raises(ConfigError):
+        make_optax_schedule(nested)
+
+
 @pytest.mark.slow
 def test_run_logs_the_rates_of_optax_and_goes_on_with_them(tmp_path: Path) -> None:
     """Cut after three of six steps, and gone on on another mesh."""
