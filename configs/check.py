@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal, get_args
 
+from ..layers.lora.linears import adapted_names
 from ..layers.own.load import check_classes
 from ..meshes import ConfigError, MeshError, MeshSpec, ModelError, ScheduleError, ShardingRules, TrellaxError
 from ..meshes.arguments import check_choice, check_count
@@ -17,6 +18,7 @@ from .corpus_paths import find_files, find_validation_files
 from .mesh_checks import errors_of, find_mesh_errors
 from .preference_checks import find_preference_errors
 from .prepared_tokens import is_prepared
+from .rate_schedules import find_rate_errors
 from .run_config import RunConfig
 
 _NUM_BYTES = 256
@@ -126,7 +128,7 @@ def _check_lengths(config: RunConfig) -> Iterator[TrellaxError]:
             f"optimizer.warmup_steps={warmup} is more than train.steps={steps}: the learning rate would never peak.",
             fix=f"set optimizer.warmup_steps={max(1, steps // 10)}, a tenth of the steps.",
         )
-    yield from _check_decay(config)
+    yield from find_rate_errors(config)
     if config.train.patience and not config.train.eval_every:
         yield ConfigError(
             f"train.patience={config.train.patience} counts validations, but train.eval_every=0 validates only at the "
@@ -141,26 +143,15 @@ def _check_lengths(config: RunConfig) -> Iterator[TrellaxError]:
         )
 
 
-def _check_decay(config: RunConfig) -> Iterator[TrellaxError]:
-    """Yield an error unless the schedule of the learning rate has a decay, which fits beside the warm-up."""
-    section, steps = config.optimizer, config.train.steps
-    if section.decay_steps and section.lr_schedule != "wsd":
-        yield ConfigError(
-            f"optimizer.decay_steps={section.decay_steps} is for optimizer.lr_schedule='wsd' alone; "
-            f"'{section.lr_schedule}' takes none.",
-            fix="leave it out, or set optimizer.lr_schedule='wsd'.",
-        )
-    elif section.warmup_steps <= steps < section.warmup_steps + section.decay_steps:
-        yield ConfigError(
-            f"optimizer.warmup_steps={section.warmup_steps} and optimizer.decay_steps={section.decay_steps} are more "
-            f"than train.steps={steps} together.",
-            fix=f"set optimizer.decay_steps={max(1, steps - section.warmup_steps)} or less.",
-        )
-
-
 def _check_adapters(config: RunConfig) -> Iterator[TrellaxError]:
     """Yield an error for each choice that has no use where adapters alone are trained."""
     rank = config.model.lora_rank
+    if rank and not adapted_names(config.model):
+        yield ConfigError(
+            f"model.lora_rank={rank} with model.lora_targets={list(config.model.lora_targets)}: nothing would be "
+            "trained.",
+            fix="leave model.lora_targets out, for adapters on all linear layers of blocks.",
+        )
     if rank and config.optimizer.kind == "muon":
         yield ConfigError(
             f"optimizer.kind='muon' updates kernels, and model.lora_rank={rank} trains none of them.",

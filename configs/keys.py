@@ -91,7 +91,7 @@ _MEANINGS = {
     "model.logit_softcap": "c in c tanh(s / c), of logits; 0 is none",
     "model.lora_rank": "features of low-rank adapters (LoRA), which alone are trained; 0 trains all weights",
     "model.lora_alpha": "adapters are multiplied by lora_alpha / lora_rank; 0 means lora_rank",
-    "model.lora_targets": "layers with adapters, of query, key, value, out, gate, up, down; all if left out",
+    "model.lora_targets": "linear layers with adapters: query, mlp.* or *.attention.*, say; all of blocks if left out",
     "model.lora_magnitude": "whether adapters train the length of each column apart from its direction (DoRA)",
     "model.lora_base": "how frozen kernels under adapters are held: in model.dtype (plain), or in four bits (nf4)",
     "model.dtype": "dtype to compute in; parameters are float32, but for frozen ones",

@@ -164,6 +164,10 @@ class TrainSection(Section):
         return value
 
 
+OwnSchedule = Literal["cosine", "linear", "constant", "wsd"]
+"""Schedules of the learning rate by name: it falls all the way, stays, or stays and falls at the end (wsd)."""
+
+
 class OptimizerSection(Section):
     """AdamW or Muon, and the learning rate over the steps."""
 
@@ -172,9 +176,10 @@ class OptimizerSection(Section):
     )
     learning_rate: float = Field(gt=0, description="peak learning rate")
     warmup_steps: int = Field(0, ge=0, le=_MAX, description="steps of linear warm-up")
-    lr_schedule: Literal["cosine", "linear", "constant", "wsd"] = Field(
+    lr_schedule: str = Field(
         "cosine",
-        description="learning rate after the warm-up: falls all the way, stays, or stays and falls at the end (wsd)",
+        min_length=1,
+        description="after the warm-up: cosine, linear, constant, wsd, or a call of one of optax's with its arguments",
     )
     decay_steps: int = Field(
         0, ge=0, le=_MAX, description="last steps, in which wsd falls linearly; 0 is a tenth of train.steps"

@@ -24,8 +24,16 @@ def make_plain(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[Names, s
     return {_name(key): _plain(value, (_name(key),), problems) for key, value in values.items()}, problems
 
 
-def find_text_problem(value: str) -> str | None:
-    """Return the reason that a text cannot be a path, or None if it can."""
+_CALLS: tuple[Names, ...] = (("optimizer", "lr_schedule"),)
+"""Texts that are no names: calls with arguments, which may be as long as a path."""
+
+
+def find_text_problem(value: str, *, longest: int = _MAX_NAME_BYTES) -> str | None:
+    """Return the reason that a text cannot be a path, or None if it can.
+
+    Args:
+        longest: bytes of a text without slashes.
+    """
     try:
         encoded = value.encode()
     except UnicodeEncodeError:
@@ -33,16 +41,14 @@ def find_text_problem(value: str) -> str | None:
         return f"expected UTF-8 text, got {shown(value, limit=60)}"
     if "\0" in value:
         return f"expected text without null characters, got {shown(value, limit=60)}"
-    if len(encoded) > _MAX_PATH_BYTES or max(map(len, encoded.split(b"/"))) > _MAX_NAME_BYTES:
-        # Every text of a config is a choice, a name or a path, so the limit of paths applies to all.
-        return (
-            f"no name has more than {_MAX_NAME_BYTES} bytes and no path {_MAX_PATH_BYTES}, got {shown(value, limit=60)}"
-        )
+    if len(encoded) > _MAX_PATH_BYTES or max(map(len, encoded.split(b"/"))) > longest:
+        # Every other text of a config is a choice, a name or a path, so the limit of paths applies to all.
+        return f"no name has more than {longest} bytes and no path {_MAX_PATH_BYTES}, got {shown(value, limit=60)}"
     return None
 
 
 def _plain(value: Any, names: Names, problems: dict[Names, str]) -> Any:
-    if problem := _find_problem(value, depth=len(names)):
+    if problem := _find_problem(value, names):
         problems.setdefault(names[:2], problem)
         return {}
     if isinstance(value, Mapping):
@@ -52,12 +58,13 @@ def _plain(value: Any, names: Names, problems: dict[Names, str]) -> Any:
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
-def _find_problem(value: Any, *, depth: int) -> str | None:
-    if depth > _MAX_DEPTH and isinstance(value, Mapping | list | tuple):
+def _find_problem(value: Any, names: Names) -> str | None:
+    if len(names) > _MAX_DEPTH and isinstance(value, Mapping | list | tuple):
         return "lists and tables are nested too deeply"
     if isinstance(value, int) and value.bit_length() > _MAX_BITS:
         return f"this number is too large, got {shown(value)}"
-    return find_text_problem(value) if isinstance(value, str) else None
+    longest = _MAX_PATH_BYTES if names in _CALLS else _MAX_NAME_BYTES
+    return find_text_problem(value, longest=longest) if isinstance(value, str) else None
 
 
 def _name(key: object) -> str:

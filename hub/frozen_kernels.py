@@ -12,13 +12,11 @@ import jax
 import jax.numpy as jnp
 
 from ..layers import ModelConfig
-from ..layers.lora.check_config import ATTENTION_TARGETS, TARGETS
+from ..layers.experts.kinds import layer_kinds
+from ..layers.lora.linears import linears_of
 from ..layers.lora.nf4 import block_dim, is_nf4, quantize_nf4, round_nf4, whole_shape
 from ..layers.quantized import SCALE
 from .saves.paths import leaves_by_path, path_text
-
-_ROWS = ("out", "down")
-"""Layers that are split by rows: their blocks lie along the last dimension."""
 
 
 class _Held(NamedTuple):
@@ -74,7 +72,7 @@ class RoundedKernels:
     """
 
     def __init__(self, shapes: dict[str, Any], config: ModelConfig) -> None:
-        self._wanted = {} if config.lora_base == "plain" else _kernels_of(leaves_by_path(shapes))
+        self._wanted = {} if config.lora_base == "plain" else _kernels_of(config, leaves_by_path(shapes))
         self.plain = jax.tree_util.tree_map_with_path(self._as_read, shapes)
         """Shapes to read: kernels in float32, from which they were quantized for training."""
 
@@ -92,13 +90,14 @@ class RoundedKernels:
         return leaf.update(dtype=jnp.float32) if path_text(path) in self._wanted else leaf
 
 
-def _kernels_of(shapes: dict[str, Any]) -> dict[str, tuple[int, Any]]:
+def _kernels_of(config: ModelConfig, shapes: dict[str, Any]) -> dict[str, tuple[int, Any]]:
     """Return the dimension of blocks, and the shape, of each kernel that is frozen under adapters, by path."""
     found = {}
-    for name in TARGETS:
-        part = "attention" if name in ATTENTION_TARGETS else "mlp"
-        if (path := f"blocks.{part}.{name}.kernel") in shapes:
-            found[path] = (-1 if name in _ROWS else -2, shapes[path])
+    for kind in layer_kinds(config):
+        for one in linears_of(kind.config):
+            path = ".".join(("blocks", *([kind.name] if kind.name else []), *one.place, "kernel"))
+            # Of kernels that are split by rows, blocks lie along the last dimension.
+            found[path] = (-1 if one.split == "rows" else -2, shapes[path])
     return found
 
 

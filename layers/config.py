@@ -268,6 +268,11 @@ class ModelConfig:
         return self.mlp != "gelu"
 
     @property
+    def moves_router_bias(self) -> bool:
+        """Whether training moves a bias of each expert to even out the load; under adapters it is frozen."""
+        return self.router_bias == "on" and not self.lora_rank
+
+    @property
     def num_block_norms(self) -> int:
         """Number of norms of a block's inputs and outputs."""
         return 4 if self.norm_place == "both" else 2

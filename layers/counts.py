@@ -13,7 +13,7 @@ from .attention.counts import attention_vectors, attention_weights, attention_wi
 from .block import Remat
 from .config import ModelConfig
 from .experts.kinds import layer_kinds
-from .lora.check_config import lora_targets
+from .lora.counts import count_adapters, count_head_adapter, products_width, scaled_widths, used_weights
 from .options.check_config import windows_of_layers
 from .own.check_config import has_own_classes
 from .own.counts import block_params, norm_params, own_flops
@@ -30,7 +30,7 @@ class ParamCounts:
 
     In a model whose first `dense_layers` are dense, `dense_block` counts one of these, and `block` one of the others.
     `head` counts the final norm, and the projection to the vocabulary where it is not tied to the embedding; `adapters`
-    those of all blocks, which `block` leaves out.
+    those of all blocks, which `block` leaves out, and `head_adapter` that of the output table.
     """
 
     embedding: int
@@ -41,6 +41,7 @@ class ParamCounts:
     dense_block: int = 0
     dense_layers: int = 0
     adapters: int = 0
+    head_adapter: int = 0
 
     @property
     def blocks(self) -> int:
@@ -50,12 +51,12 @@ class ParamCounts:
     @property
     def total(self) -> int:
         """Number of parameters of the whole model, tied ones counted once."""
-        return self.embedding + self.positions + self.blocks + self.head + self.adapters
+        return self.embedding + self.positions + self.blocks + self.head + self.adapters + self.head_adapter
 
     @property
     def trained(self) -> int:
         """Number of parameters that are trained: those of adapters where there are any, else all."""
-        return self.adapters or self.total
+        return self.adapters + self.head_adapter or self.total
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,26 +113,9 @@ def param_counts(config: ModelConfig) -> ParamCounts:
         head=_norm_params(config) + (table if config.embeddings == "untied" else 0),
         dense_block=blocks[0] if config.dense_layers else 0,
         dense_layers=config.dense_layers,
-        adapters=_adapter_params(config) + _magnitude_params(config),
+        adapters=count_adapters(config),
+        head_adapter=count_head_adapter(config),
     )
-
-
-def _adapter_params(config: ModelConfig) -> int:
-    """Return the number of parameters of the adapters of all blocks: r x (in + out) of each layer that has one."""
-    if not config.lora_rank:
-        return 0
-    d, q, kv, f = config.hidden_size, config.query_size, config.kv_size, config.ffn_size
-    sizes = {"query": d + q, "key": d + kv, "value": d + kv, "out": q + d, "gate": d + f, "up": d + f, "down": f + d}
-    return config.num_layers * config.lora_rank * sum(sizes[name] for name in lora_targets(config))
-
-
-def _magnitude_params(config: ModelConfig) -> int:
-    """Return the number of columns of all adapted layers, where each has a magnitude."""
-    if config.lora_magnitude == "off":
-        return 0
-    d, kv, f = config.hidden_size, config.kv_size, config.ffn_size
-    sizes = {"query": config.query_size, "key": kv, "value": kv, "out": d, "gate": f, "up": f, "down": d}
-    return config.num_layers * sum(sizes[name] for name in lora_targets(config))
 
 
 def _block_params(config: ModelConfig) -> int:
@@ -195,7 +179,7 @@ def flops_per_token(
         window = min(own or num_tokens, num_tokens)
         # Of the T x T scores, w (2T - w) / 2 are visible: a triangle of side T less one of side T - w.
         causal += full // config.num_layers * window * (2 * num_tokens - window) // (2 * num_tokens**2)
-    adapters, scores = _adapter_params(config), full if attention == "full" else causal
+    adapters, scores = used_weights(config), full if attention == "full" else causal
     own = config.num_layers * own_flops(config, num_tokens=num_tokens)
     return FlopCounts(weights=2 * (weights + adapters) + own, scores=scores, frozen=2 * weights if adapters else 0)
 
@@ -284,8 +268,7 @@ def _kept_width(config: ModelConfig, *, d: int, tensor: int, remat: Remat, key_r
     own, num_up = attention_widths(config, tensor=tensor), 2 if config.is_gated else 1
     # Vectors that are whole over tensor, of as many tokens as x is.
     latents, shared = (width * d // config.hidden_size for width in (own.latents, own.shared))
-    targets = lora_targets(config)
-    small = config.lora_rank * len(targets)
+    small = products_width(config, d=d)
     normed_heads = own.query + own.key if config.qk_norm != "off" else 0
     # A norm keeps its input: where it follows the last product, that product's output.
     num_outputs, num_whole = 2 if config.norm_place == "before" else 3, 2 + config.num_block_norms
@@ -293,9 +276,10 @@ def _kept_width(config: ModelConfig, *, d: int, tensor: int, remat: Remat, key_r
     none = num_whole * d + own.query + own.key + own.value + own.mixed + 2 * latents
     none += (num_up + 1) * f + normed_heads + small
     if config.lora_magnitude == "on":
-        # The gradient of a magnitude takes the column before it is scaled.
-        outs = {"query": own.query, "key": own.key, "value": own.value, "out": d, "gate": f, "up": f, "down": d}
-        dots, none = dots + ("down" in targets) * d, none + sum(outs[name] for name in targets)
+        scaled = scaled_widths(config, own, d=d, tensor=tensor)
+        # The gradient of a magnitude takes the column before it is scaled; sums that are kept are those of `out`.
+        dots += sum(width for name, width in scaled.items() if name.endswith(".down") and name.startswith("mlp"))
+        none += sum(scaled.values())
     gathered = _gathered_width(config, tensor=tensor, remat=remat, key_ranks=key_ranks)
     return {"full": d, "dots": dots, "none": none}[remat] + gathered
 

@@ -25,10 +25,17 @@ class MLP(nnx.Module):
 
     Args:
         features: hidden features, those of the config if left out.
+        name: its dotted name within a layer, by which its linear layers have adapters.
     """
 
     def __init__(
-        self, config: ModelConfig, *, rngs: nnx.Rngs, rules: ShardingRules = DEFAULT_RULES, features: int = 0
+        self,
+        config: ModelConfig,
+        *,
+        rngs: nnx.Rngs,
+        rules: ShardingRules = DEFAULT_RULES,
+        features: int = 0,
+        name: str = "mlp",
     ) -> None:
         check_count("features", features, error=ModelError, least=0)
         self.rules, self.act = rules, gate_of(config)
@@ -41,13 +48,13 @@ class MLP(nnx.Module):
             "rules": rules,
         }
         d, f = config.hidden_size, features or config.ffn_size
-        lora, is_gated = partial(lora_of, config), config.is_gated
-        self.up = ColumnLinear(d, f, lora=lora("up"), **shared)
-        self.gate = ColumnLinear(d, f, lora=lora("gate"), **shared) if is_gated else nnx.data(None)
+        up, gate, down = (lora_of(config, f"{name}.{own}") for own in ("up", "gate", "down"))
+        self.up = ColumnLinear(d, f, lora=up, **shared)
+        self.gate = ColumnLinear(d, f, lora=gate, **shared) if config.is_gated else nnx.data(None)
         self.gate_up: JoinedLinear | None = nnx.data(None)
         # Residual branches add up: without the 1/sqrt(2L) the stream's variance grows with depth (GPT-2, section 2.3).
         std = INIT_STD / (2 * config.num_layers) ** 0.5
-        self.down = RowLinear(f, d, std=std, lora=lora("down"), **shared)
+        self.down = RowLinear(f, d, std=std, lora=down, **shared)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """x[B@data, T, D] -> y[B@data, T, D]."""

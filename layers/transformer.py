@@ -20,6 +20,8 @@ from .config import ModelConfig
 from .context.places import Places
 from .embedding import Embedding
 from .experts.kinds import layer_kinds
+from .lora.check_config import lora_of_head
+from .lora.head import adapted_table, make_head_adapter
 from .norms import apply_norm, make_norm
 from .options.logits import LogitShape
 from .own.make import add_dims
@@ -41,6 +43,8 @@ class Head(nnx.Module):
         # Drawn even where it is not used, as in embedding.py.
         own = make_param(rngs.params(), shape, ("vocab", "embed"), std=INIT_STD, rules=rules)
         self.table = own if config.embeddings == "untied" else nnx.data(None)
+        self.lora = lora_of_head(config)
+        self.lora_a, self.lora_b, self.lora_m = make_head_adapter(rngs, self.lora, own[...], rules)
 
     def __call__(self, x_BTD: jax.Array, *, embedding_VD: jax.Array) -> jax.Array:
         """x[B@data, T, D], embedding[V@tensor, D] (used when tied) -> logits[B@data, T, V@tensor].
@@ -95,7 +99,9 @@ class Head(nnx.Module):
         return projected_scores(x_BTD, self._table(embedding_VD), targets_BT, rules=self.rules, shape=shape)
 
     def _table(self, embedding_VD: jax.Array) -> jax.Array:
-        return embedding_VD if self.table is None else self.table[...]
+        if self.table is None:
+            return embedding_VD
+        return self.table[...] if self.lora is None else adapted_table(self, self.rules.axes("vocab"))
 
 
 class Transformer(nnx.Module):

@@ -25,6 +25,9 @@ from ..meshes.device_axes import block_index, num_manual_blocks
 TABLE = "table"
 """Name of the parameters [V, D]: the embedding's, and the head's where they are not tied."""
 
+_OF_HEAD = ("lora_b", "lora_m")
+"""Names of the parameters of the head's adapter that have a row for each word, [V, r] and [V]."""
+
 LEAST_LOGIT = float(np.finfo(np.float32).min)
 """The logit of padding: finite, so that a device with nothing but padding has a finite maximum."""
 
@@ -50,7 +53,7 @@ def resize_tables(tree: Any, num_rows: int) -> Any:
         if not is_table(path) or leaf.shape[0] == num_rows:
             return leaf
         missing = num_rows - leaf.shape[0]
-        return jnp.pad(leaf, [(0, missing), (0, 0)]) if missing > 0 else leaf[:num_rows]
+        return jnp.pad(leaf, [(0, missing), *[(0, 0)] * (leaf.ndim - 1)]) if missing > 0 else leaf[:num_rows]
 
     return jax.tree_util.tree_map_with_path(resize, tree)
 
@@ -73,8 +76,9 @@ def pad_tables(ends: Any, *, rules: ShardingRules, mesh: Mesh) -> Any:
 
 
 def is_table(path: Any) -> bool:
-    """Return whether the path of a parameter of the embedding or the head is that of a table."""
-    return getattr(path[-1], "key", None) == TABLE
+    """Return whether the path of a parameter of the embedding or the head is that of a table, or of rows beside it."""
+    *_, parent, name = [None, *(getattr(node, "key", None) for node in path)]
+    return name == TABLE or (parent == "head" and name in _OF_HEAD)
 
 
 def natural_sharding(path: Any, dims: tuple[str, ...], leaf: Any, *, rules: ShardingRules, mesh: Mesh) -> NamedSharding:
@@ -99,6 +103,8 @@ def whole_words_sharding(sharding: NamedSharding, shape: tuple[int, ...]) -> Nam
     sizes = sharding.mesh.shape
     if shape[0] % math.prod(sizes[axis] for axis in words) == 0:
         return sharding
+    if len(shape) == 1:
+        return NamedSharding(sharding.mesh, PartitionSpec(), memory_kind=sharding.memory_kind)
     over = (*features, *words)
     while shape[1] % math.prod(sizes[axis] for axis in over):
         over = over[:-1]

@@ -33,6 +33,7 @@ from .metrics import MetricsLog, NoLog, Summary
 from .metrics.progress import say as say_on
 from .metrics.recorder import StepRecorder
 from .metrics.trackers.open import check_trackers
+from .optimizer import check_rates
 from .prepare import prepare
 from .processes.run_settings import short_hash
 from .profile import StepProfile
@@ -72,6 +73,7 @@ def train(
     start_s = time.perf_counter()
     warning = prepare_backend()
     setup = prepare(config, corpus="needed")
+    check_rates(setup.config.optimizer, steps=setup.config.train.steps)
     check_initial_weights(setup, start=start)
     first_does(lambda: check_trackers(config.train.log_to))
     console = _open_console(console, warning)

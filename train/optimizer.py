@@ -13,19 +13,25 @@ from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import optax.contrib
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from optax.contrib import MuonDimensionNumbers
 
+from ..configs.rate_schedules import OWN_SCHEDULES, make_optax_schedule
 from ..configs.run_config import OptimizerSection
 from ..layers.lora.check_config import ADAPTERS
 from ..meshes import ConfigError
 from ..meshes.arguments import check_count, check_number
+from ..meshes.errors import shown
 from ..pipeline import PipelineParams
 
 _ADAMW_RMS = 0.2
 """Root mean square of an AdamW update over the learning rate, to which Muon's is scaled (Liu et al. 2025)."""
+
+_MOST_LOOKED_AT = 1000
+"""Steps whose learning rate is computed before a run."""
 
 _DECAYED = ("kernel", "table", "positions", "weight", *ADAPTERS)
 """Names of matrices, adapters and weights of routers too, which have weight decay; norm scales and biases have none."""
@@ -40,6 +46,7 @@ def make_learning_rate(section: OptimizerSection, *, steps: int, peak: Any = Non
         linear    1 to f in a line
         constant  1
         wsd       1, then in the last `decay_steps` 1 to f in a line
+        a call    what that schedule of optax returns, counted from the end of the warm-up
 
     Args:
         peak: the peak learning rate float32[], if it is an input of the program; the section's if left out.
@@ -53,6 +60,40 @@ def make_learning_rate(section: OptimizerSection, *, steps: int, peak: Any = Non
     return lambda step: peak * fraction(step)
 
 
+def check_rates(section: OptimizerSection, *, steps: int) -> None:
+    """Raise unless the learning rate is a number of 0 or more in every step that is looked at, and not always 0.
+
+    At most `_MOST_LOOKED_AT` steps are, first and last among them. Of our own schedules none is.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if section.lr_schedule in OWN_SCHEDULES:
+        return
+    looked_at = np.unique(np.linspace(0, steps, _MOST_LOOKED_AT).astype(np.int32))
+    asked = f"optimizer.lr_schedule={shown(section.lr_schedule)}"
+    fix = "give values that are shares of optimizer.learning_rate, 0 or more."
+    try:
+        rates = _rates_on_host(section, looked_at, steps=steps)
+    # optax looks at some values only where it computes with them.
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ConfigError(f"{asked}: optax cannot compute it: {error}", fix=fix) from None
+    wrong = looked_at[~(np.isfinite(rates) & (rates >= 0))]
+    if wrong.size:
+        value = rates[looked_at == wrong[0]][0]
+        raise ConfigError(f"{asked}: the rate is {value:.3g} in step {wrong[0]} of train.steps={steps}.", fix=fix)
+    if not rates[looked_at >= min(section.warmup_steps, steps)].any():
+        raise ConfigError(f"{asked}: the rate is 0 in all steps to train.steps={steps}.", fix=fix)
+
+
+def _rates_on_host(section: OptimizerSection, looked_at: np.ndarray, *, steps: int) -> np.ndarray:
+    """Return the learning rates of steps [n], float32, computed on the host whatever the run is on."""
+    host = jax.local_devices(backend="cpu")[0]
+    with jax.default_device(host), jax.numpy_dtype_promotion("standard"), jax.transfer_guard("allow"):
+        rates = jax.vmap(make_learning_rate(section, steps=steps))(jnp.asarray(looked_at))
+        return np.broadcast_to(np.asarray(rates, np.float32), looked_at.shape)
+
+
 def _make_fraction(section: OptimizerSection, *, steps: int) -> Callable[[Any], Any]:
     """Return a function step -> learning rate / its peak."""
     warmup, floor = section.warmup_steps, section.min_lr_ratio
@@ -62,6 +103,9 @@ def _make_fraction(section: OptimizerSection, *, steps: int) -> Callable[[Any], 
     if section.lr_schedule == "cosine":
         return optax.warmup_cosine_decay_schedule(first, 1.0, warmup, end, floor)
     parts, starts = [optax.linear_schedule(first, 1.0, warmup)] if warmup else [], [warmup] if warmup else []
+    if section.lr_schedule not in OWN_SCHEDULES:
+        own = make_optax_schedule(section.lr_schedule)
+        return optax.join_schedules([*parts, own], starts) if parts else own
     if section.lr_schedule == "linear":
         parts.append(optax.linear_schedule(1.0, floor, end - warmup))
     else:

@@ -130,9 +130,9 @@ def _key_of(setup: Setup, step: jax.Array) -> jax.Array | None:
 
 
 def _move_biases(setup: Setup, params: PipelineParams, stats: Any, *, good: jax.Array) -> PipelineParams:
-    """Return the parameters with the biases of routers moved, if routers have some."""
+    """Return the parameters with the biases of routers moved, if routers have some that are not frozen."""
     model = setup.config.model
-    if model.router_bias != "on":
+    if not model.moves_router_bias:
         return params
     # Tokens of each layer lie as its bias does, [chunks, ranks@pipe, layers, E].
     (tokens,) = jax.tree.leaves(stats)

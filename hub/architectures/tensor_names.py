@@ -118,11 +118,12 @@ class TensorNames:
             leaves: arrays or shapes by path.
         """
         num_dense = next((leaf.shape[0] for path, leaf in leaves.items() if path.startswith(_DENSE)), 0)
-        places = {path: self._place(path, num_dense) for path in leaves}
+        places = {path: self.place_of(path, num_dense=num_dense) for path in leaves}
         widths = {path: tuple(leaves[one].shape[-1] for one in place.joined) for path, place in places.items()}
         return {path: replace(place, widths=widths[path]) for path, place in places.items()}
 
-    def _place(self, path: str, num_dense: int) -> TensorPlace:
+    def place_of(self, path: str, *, num_dense: int) -> TensorPlace:
+        """Return the place of a parameter, in a model whose first layers are dense."""
         if path in self.places:
             return self.places[path]
         first = num_dense if path.startswith(_EXPERTS) else 0

@@ -11,15 +11,18 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from ...layers import ModelConfig
-from ...layers.lora.check_config import TARGETS
+from ...layers.lora.linears import HEAD
 from ...meshes import WeightsError
 from ...meshes.errors import shown
-from ..adapters import adapter_shapes
+from ..adapters import adapter_shapes, node_at
 from ..cached_folder import find_model_folder
 from ..folder import find_file, read_json
-from .names import CONFIG_FILE, WEIGHTS_FILE, adapted_layers, tensor_ends
+from .names import CONFIG_FILE, ENDS, WEIGHTS_FILE, AdaptedLayer, adapted_layers, tensor_ends
 
-_REFUSED = ("rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform", "layer_replication")
+_REFUSED = (
+    *("rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform", "layer_replication"),
+    "target_parameters",
+)
 _SHOWN = 5
 
 
@@ -104,16 +107,17 @@ def read_adapters(opened: PeftFolder, config: ModelConfig, shapes: Any) -> tuple
     """
     tensors = _load(opened.folder)
     every = replace(config, lora_rank=opened.rank, lora_alpha=opened.alpha, lora_magnitude=opened.magnitude)
+    every = every if config.embeddings == "tied" else replace(every, lora_targets=("*", HEAD))
     ends = tensor_ends(every)
-    known = adapted_layers(every, joined="leave out")
-    targets = [own.name for own in known if own.tensor_name(0, ends["lora_a"]) in tensors]
-    model = replace(every, lora_targets=tuple(name for name in TARGETS if name in targets))
+    targets = _find_targets(tensors, every, shapes)
+    model = replace(every, lora_targets=targets)
     wanted, layers = adapter_shapes(model, shapes), adapted_layers(model) if targets else ()
     names = {
-        own.tensor_name(number, end): _swapped(wanted["blocks"][own.part][own.name][param].shape[1:])
+        own.tensor_name(number, ends[param]): shape
         for own in layers
-        for number in range(config.num_layers)
-        for param, end in ends.items()
+        for param, leaf in node_at(wanted, own.kernel.path).items()
+        for shape in (own.turn(np.empty(leaf.shape[own.tensor.num_stacked :]), param).shape,)
+        for number in own.numbers(leaf.shape)
     }
     mistakes = [f"{name} is no adapter of a layer of this model" for name in tensors if name not in names]
     mistakes += [f"{name} is missing" for name in names if name not in tensors]
@@ -126,20 +130,37 @@ def read_adapters(opened: PeftFolder, config: ModelConfig, shapes: Any) -> tuple
         more = [f"and {len(mistakes) - _SHOWN} more"] if len(mistakes) > _SHOWN else []
         lines = [f"{opened.folder / WEIGHTS_FILE} does not fit the model in {opened.base}:", *mistakes[:_SHOWN], *more]
         raise WeightsError("\n  ".join(lines), fix="use the base that the adapters were trained on.")
-    for own in layers:
-        part = wanted["blocks"][own.part][own.name]
-        for param, end in ends.items():
-            stack = [tensors[own.tensor_name(number, end)].T for number in range(config.num_layers)]
-            part[param] = _place(np.stack(stack).astype(np.float32), part[param])
+    _fill(wanted, layers, tensors, ends)
     return model, wanted
+
+
+def _find_targets(tensors: dict[str, np.ndarray], every: ModelConfig, shapes: Any) -> tuple[str, ...]:
+    """Return the linear layers of a model with all adapters that have one among tensors.
+
+    The table that PEFT saves beside the adapter of a head is left out of these: it is frozen, and the base's.
+    """
+    found: dict[str, None] = {}
+    for own in adapted_layers(every, joined="leave out"):
+        copy = own.tensor_name((), ".base_layer.weight") if own.kernel.is_head else ""
+        if copy in tensors and tensors[copy].shape == shapes[HEAD]["table"].shape:
+            del tensors[copy]
+        if own.tensor_name((0,) * own.tensor.num_stacked, ENDS["lora_a"]) in tensors:
+            found[own.kernel.linear.name] = None
+    return tuple(found)
+
+
+def _fill(wanted: Any, layers: tuple[AdaptedLayer, ...], tensors: Mapping[str, np.ndarray], ends: Any) -> None:
+    """Put the tensors of adapters in the places of their shapes."""
+    for own in layers:
+        node = node_at(wanted, own.kernel.path)
+        for param, end in ends.items():
+            names = [own.tensor_name(number, end) for number in own.numbers(node[param].shape)]
+            whole = np.stack([own.turn(tensors[name], param) for name in names])
+            node[param] = _place(whole.reshape(node[param].shape).astype(np.float32), node[param])
 
 
 def _place(whole: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:
     return jax.make_array_from_callback(like.shape, like.sharding, lambda index: whole[index])
-
-
-def _swapped(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return shape[::-1]
 
 
 def _load(folder: Path) -> dict[str, np.ndarray]:

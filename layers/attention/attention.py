@@ -45,12 +45,12 @@ class Attention(nnx.Module):
         lora = partial(lora_of, config)
         of_query: dict[str, Any] = {"dim": "heads", "bias": config.qkv_bias} | shared
         of_kv = of_query | {"dim": "kv_heads"}
-        self.query = ColumnLinear(d, config.query_size, lora=lora("query"), **of_query)
-        self.key = ColumnLinear(d, config.kv_size, lora=lora("key"), **of_kv)
-        self.value = ColumnLinear(d, config.kv_size, lora=lora("value"), **of_kv)
+        self.query = ColumnLinear(d, config.query_size, lora=lora("attention.query"), **of_query)
+        self.key = ColumnLinear(d, config.kv_size, lora=lora("attention.key"), **of_kv)
+        self.value = ColumnLinear(d, config.kv_size, lora=lora("attention.value"), **of_kv)
         # As in mlp.py: residual branches add up over the layers.
         own: dict[str, Any] = {"dim": "heads", "bias": config.other_bias, "std": std} | shared
-        self.out = RowLinear(config.query_size, d, lora=lora("out"), **own)
+        self.out = RowLinear(config.query_size, d, lora=lora("attention.out"), **own)
         self.qkv: JoinedLinear | None = nnx.data(None)
         self.query_norm = make_qk_norm(config, dim="heads", rngs=rngs, rules=rules)
         self.key_norm = make_qk_norm(config, dim="kv_heads", rngs=rngs, rules=rules)

@@ -13,6 +13,7 @@ from itertools import accumulate
 from typing import Any
 
 from ..config import ModelConfig
+from ..lora.linears import targets_of_run
 from .check_config import EXPERT_FIELDS
 
 DENSE, EXPERTS = "dense", "experts"
@@ -47,9 +48,11 @@ def layer_kinds(config: ModelConfig) -> tuple[LayerKind, ...]:
     defaults: dict[str, Any] = {
         field.name: field.default for field in fields(ModelConfig) if field.name in EXPERT_FIELDS
     }
+    own = replace(config, **defaults, lora_targets=targets_of_run(config, 0))
+    rest = replace(config, dense_layers=0, lora_targets=targets_of_run(config, 1))
     return (
-        LayerKind(name=DENSE, config=replace(config, **defaults), first=0, num_layers=dense),
-        LayerKind(name=EXPERTS, config=replace(config, dense_layers=0), first=dense, num_layers=whole - dense),
+        LayerKind(name=DENSE, config=own, first=0, num_layers=dense),
+        LayerKind(name=EXPERTS, config=rest, first=dense, num_layers=whole - dense),
     )
 
 

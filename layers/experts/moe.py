@@ -23,10 +23,11 @@ from ...meshes import DEFAULT_RULES, ShardingRules
 from ...meshes.device_axes import manual_axes, mark_varying, num_manual_blocks
 from ..collectives import gather_tokens, leave_split, max_blocks, run_in_blocks
 from ..config import ModelConfig
+from ..lora.check_config import lora_of
 from ..mlp import MLP, gate_of
-from ..partitioning import INIT_STD, make_param
-from ..quantized import scale_of
-from .rounds import Kernels, Room, Weight, run_further_rounds, run_round
+from ..partitioning import INIT_STD
+from .linear import ExpertLinear, mark_adapters
+from .rounds import Kernels, Room, run_further_rounds, run_round
 from .router import Router, count_tokens, router_loss
 from .slots import order_pairs
 from .summed import is_sum_cheaper, run_own_experts
@@ -43,40 +44,6 @@ class ExpertStats:
 
     loss: jax.Array | None = None
     metrics: dict[str, jax.Array] = field(default_factory=dict)
-
-
-class ExpertLinear(nnx.Module):
-    """The kernels of a linear layer of every expert, [E@expert, D, F@tensor] or [E@expert, F@tensor, D], and biases."""
-
-    def __init__(
-        self,
-        shape: tuple[int, int, int],
-        dims: tuple[str, str, str],
-        *,
-        bias: Literal["on", "off"],
-        std: float,
-        rngs: nnx.Rngs,
-        rules: ShardingRules,
-    ) -> None:
-        self.kernel = make_param(rngs.params(), shape, dims, std=std, rules=rules)
-        self.bias = nnx.data(None)
-        if bias == "on":
-            of_bias = (shape[0], shape[2]), (dims[0], dims[2])
-            self.bias = make_param(rngs.params(), *of_bias, std=0.0, rules=rules)
-        self.kernel_scale = nnx.data(None)
-
-    @property
-    def weights(self) -> Weight:
-        """The kernels, with their scales if they are quantized, and their biases."""
-        return Weight(self.kernel[...], scale_of(self), None if self.bias is None else self.bias[...])
-
-    @property
-    def dims(self) -> Weight:
-        """The logical dimensions of `weights`."""
-        # A stack of layers has a dimension more, which a layer in a loop has not.
-        dims = self.kernel.get_metadata("out_sharding")[-3:]
-        columns = dims[0], dims[2]
-        return Weight(dims, *(None if own is None else columns for own in (self.kernel_scale, self.bias)))
 
 
 class MoE(nnx.Module):
@@ -96,12 +63,18 @@ class MoE(nnx.Module):
         e, d, f = config.num_experts, config.hidden_size, config.expert_size
         self.router = Router(config, rngs=rngs, rules=rules)
         shared: dict[str, Any] = {"rngs": rngs, "rules": rules}
-        of_experts: dict[str, Any] = {"bias": config.other_bias} | shared
+        of_experts: dict[str, Any] = {"bias": config.other_bias, "dtype": config.dtype} | shared
+        up, gate, down = (lora_of(config, f"mlp.experts.{own}") for own in ("up", "gate", "down"))
         into, out = ("experts", "embed", "ffn"), ("experts", "ffn", "embed")
-        self.up = ExpertLinear((e, d, f), into, std=INIT_STD, **of_experts)
-        self.gate = ExpertLinear((e, d, f), into, std=INIT_STD, **of_experts) if config.is_gated else nnx.data(None)
-        self.down = ExpertLinear((e, f, d), out, std=INIT_STD / (2 * config.num_layers) ** 0.5, **of_experts)
-        self.shared = MLP(config, features=config.shared_size, **shared) if config.shared_size else nnx.data(None)
+        self.up = ExpertLinear((e, d, f), into, std=INIT_STD, lora=up, **of_experts)
+        self.gate = nnx.data(None)
+        if config.is_gated:
+            self.gate = ExpertLinear((e, d, f), into, std=INIT_STD, lora=gate, **of_experts)
+        std = INIT_STD / (2 * config.num_layers) ** 0.5
+        self.down = ExpertLinear((e, f, d), out, std=std, lora=down, **of_experts)
+        self.shared = nnx.data(None)
+        if config.shared_size:
+            self.shared = MLP(config, features=config.shared_size, name="mlp.shared", **shared)
 
     def __call__(self, x_BTD: jax.Array, weights_BT: jax.Array | None = None) -> tuple[jax.Array, ExpertStats]:
         """x[B@data, T, D], weights of the loss [B@data, T] -> y[B@data, T, D] and what is added to sums of the step.
@@ -149,7 +122,8 @@ class MoE(nnx.Module):
     def _room(self, num_tokens: int, *, axes: tuple[str, ...]) -> Room:
         """Return the room of the experts for so many tokens of a device; over `axes` they are exchanged."""
         capacity, features = self.config.expert_rows(num_tokens), self.rules.axes("ffn")
-        return Room(capacity=capacity, axes=axes, features=features, gate=gate_of(self.config))
+        trained: Literal["all", "adapters"] = "adapters" if self.config.lora_rank else "all"
+        return Room(capacity=capacity, axes=axes, features=features, gate=gate_of(self.config), trained=trained)
 
     def _run(
         self, x_BTD: jax.Array, experts_BTk: jax.Array, weights_BTk: jax.Array, kernels: Kernels
@@ -163,7 +137,7 @@ class MoE(nnx.Module):
         x_nD, weights_nk, experts_nk = (leaf.reshape(-1, leaf.shape[-1]) for leaf in (*whole, experts_BTk))
         order = order_pairs(experts_nk, num_experts=config.num_experts)
         room = self._room(len(x_nD), axes=self.rules.axes("experts"))
-        given = (x_nD.astype(config.dtype), weights_nk, kernels)
+        given = (x_nD.astype(config.dtype), weights_nk, mark_adapters(kernels, features))
         y_nD = run_round(*given, room.slots(order, 0), room)
         dropped = jnp.zeros((), jnp.int32)
         if room.capacity < len(x_nD):

@@ -8,7 +8,7 @@ Devices along expert decide together, since each sends in every round; those alo
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,11 +26,18 @@ EXPERT_ROWS = "expert_rows"
 
 
 class Weight(NamedTuple):
-    """The kernels of a linear layer of experts, [E, D, F], their scales and biases [E, F], None if there are none."""
+    """The kernels of a linear layer of experts, [E, D, F], their scales and biases [E, F], None if there are none.
+
+    a, b: adapters [E, D, r], times alpha / r, and [E, r, F]; factor: what products are multiplied by, [E, F], where
+        columns have magnitudes.
+    """
 
     kernel: Any
     scale: Any
     bias: Any
+    a: Any = None
+    b: Any = None
+    factor: Any = None
 
 
 @jax.tree_util.register_dataclass
@@ -51,12 +58,14 @@ class Room:
     """How experts run: `capacity` rows for each of them and device, the axes that split them, and those of features.
 
     gate: the function of gate and up.
+    trained: what has a gradient, all weights or their adapters alone.
     """
 
     capacity: int
     axes: tuple[str, ...]
     features: tuple[str, ...]
     gate: Gate
+    trained: Literal["all", "adapters"] = "all"
 
     def slots(self, order: Order, number: jax.Array | int) -> Slots:
         """Return the rows of a round."""
@@ -90,13 +99,18 @@ def _run_experts(rows_ECD: jax.Array, kernels: Kernels, room: Room) -> jax.Array
 
 
 def _product(rows: jax.Array, weight: Weight) -> jax.Array:
-    """rows[E, C, D] @ kernel[E, D, F] -> [E, C, F], with a bias if there is one."""
+    """rows[E, C, D] @ kernel[E, D, F] -> [E, C, F], with adapters and a bias if there are some."""
     kernel = weight.kernel.astype(rows.dtype)
     if weight.scale is None:
         y_ECF = jnp.einsum("ecd,edf->ecf", rows, kernel)
     else:
         y_ECF = jnp.einsum("ecd,edf->ecf", rows, kernel, preferred_element_type=jnp.float32)
         y_ECF = (y_ECF * weight.scale[:, None]).astype(rows.dtype)
+    if weight.a is not None:
+        small_ECr = jnp.einsum("ecd,edr->ecr", rows, weight.a.astype(rows.dtype))
+        y_ECF = y_ECF + jnp.einsum("ecr,erf->ecf", small_ECr, weight.b.astype(rows.dtype))
+    if weight.factor is not None:
+        y_ECF = (y_ECF.astype(jnp.float32) * weight.factor[:, None]).astype(rows.dtype)
     return y_ECF if weight.bias is None else y_ECF + weight.bias[:, None].astype(y_ECF.dtype)
 
 
@@ -141,17 +155,36 @@ def _zeros(kind: jax.ShapeDtypeStruct) -> jax.Array:
 
 def _further_backward(room: Room, saved: tuple[Any, ...], grad: jax.Array) -> tuple[Any, ...]:
     x_nD, weights_nk, kernels, order = saved
+    trained = (
+        kernels
+        if room.trained == "all"
+        else _map(lambda own: own._replace(kernel=None, scale=None, bias=None), kernels)
+    )
 
     def pull(number: jax.Array | int) -> Any:
         slots = room.slots(order, number)
-        run = lambda x, weights, kernels: run_round(x, weights, kernels, slots, room)  # noqa: E731
-        return jax.vjp(run, x_nD, weights_nk, kernels)[1](grad)
+
+        def run(x_nD: jax.Array, weights_nk: jax.Array, trained: Kernels) -> jax.Array:
+            whole = trained if room.trained == "all" else _map(_with_frozen, trained, kernels)
+            return run_round(x_nD, weights_nk, whole, slots, room)
+
+        return jax.vjp(run, x_nD, weights_nk, trained)[1](grad)
 
     def body(number: jax.Array, sums: Any) -> Any:
         return jax.tree.map(jnp.add, sums, pull(number))
 
     grads = _loop(order, room, body, jax.eval_shape(lambda: pull(1)))
     return (*grads, jax.tree.map(lambda leaf: np.zeros(leaf.shape, jax.dtypes.float0), order))
+
+
+def _with_frozen(adapters: Weight, whole: Weight) -> Weight:
+    return adapters._replace(kernel=whole.kernel, scale=whole.scale, bias=whole.bias)
+
+
+def _map(change: Callable[..., Weight], *kernels: Kernels) -> Kernels:
+    """Return kernels with each weight changed, None where there is no gate."""
+    found = {name: [getattr(own, name) for own in kernels] for name in ("up", "gate", "down")}
+    return Kernels(**{name: None if own[0] is None else change(*own) for name, own in found.items()})
 
 
 run_further_rounds.defvjp(

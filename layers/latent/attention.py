@@ -15,6 +15,7 @@ are of C + R + Q features and not of D. Without query_latent_size queries are co
 numbers of a token alone, see `absorbed.py`.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -30,9 +31,10 @@ from ..config import ModelConfig
 from ..context.attend import attend_in_context
 from ..context.places import Places, own_positions
 from ..linear import ColumnLinear, RowLinear
+from ..lora.adapter import whole_kernel
+from ..lora.check_config import lora_of
 from ..norms import normalize
 from ..partitioning import INIT_STD
-from ..quantized import dequantize, scale_of
 from ..rope.magnitude import yarn_scale
 from ..rope.rotary import rotate
 from .absorbed import attend_latents
@@ -56,13 +58,17 @@ class LatentAttention(nnx.Module):
         d, heads, queries = config.hidden_size, config.num_heads, config.query_latent_size
         own: dict[str, Any] = {"dtype": config.dtype, "rngs": rngs, "rules": rules}
         split: dict[str, Any] = {"dim": "heads", "bias": "off", **own}
-        of_x = None if queries else ColumnLinear(d, config.query_size, **split)
+        lora = partial(lora_of, config)
+        of_x = None if queries else ColumnLinear(d, config.query_size, lora=lora("attention.query"), **split)
         self.query: ColumnLinear | LatentQuery = of_x or LatentQuery(config, **own)
-        self.latent_down = DownLinear(d, config.latent_size + config.rope_head_size, **own)
+        down = lora("attention.latent_down")
+        self.latent_down = DownLinear(d, config.latent_size + config.rope_head_size, lora=down, **own)
         self.latent_norm = make_latent_norm(config.latent_size, **own)
-        self.key_value = ColumnLinear(config.latent_size, heads * sum(self._sizes), **split)
+        up = lora("attention.key_value")
+        self.key_value = ColumnLinear(config.latent_size, heads * sum(self._sizes), lora=up, **split)
         # As in mlp.py: residual branches add up over the layers.
-        self.out = RowLinear(config.value_size, d, std=INIT_STD / (2 * config.num_layers) ** 0.5, **split)
+        std = INIT_STD / (2 * config.num_layers) ** 0.5
+        self.out = RowLinear(config.value_size, d, std=std, lora=lora("attention.out"), **split)
 
     def __call__(
         self, x_BTD: jax.Array, places: Places | None = None, layer: jax.Array | int | None = None
@@ -123,7 +129,7 @@ class LatentAttention(nnx.Module):
         shared_BT1R = rotate(shared_BT1R, config=self.config, positions_BT=positions_BT)
         cache = cache.append(layer, new, shared_BT1R, latent_BTC[:, :, None])
         q_BTNH = self._rotate_queries(self._query(x_BTD), positions_BT)
-        kernel_CF = dequantize(self.key_value.kernel[...], scale_of(self.key_value)).astype(self.config.dtype)
+        kernel_CF = whole_kernel(self.key_value).astype(self.config.dtype)
         kernel_CNE = kernel_CF.reshape(self.config.latent_size, q_BTNH.shape[2], -1)
         window = self.config.attention_window
         mixed_BTNU = attend_latents(q_BTNH, kernel_CNE, cache=cache, layer=layer, new=new, window=window)

@@ -9,11 +9,13 @@ from jax.typing import DTypeLike
 from ...meshes import DEFAULT_RULES, ShardingRules
 from ..check_inputs import check_features
 from ..config import ModelConfig
-from ..linear import ColumnLinear, name_dims
+from ..linear import ColumnLinear, name_dims, read_kernel
+from ..lora.adapter import add_adapter, make_adapter, scale_columns
+from ..lora.check_config import Lora, lora_of
+from ..lora.nf4 import hold_nf4, num_inputs
 from ..norms import normalize
 from ..partitioning import INIT_STD, make_param, param_metadata
 from ..product import multiply
-from ..quantized import scale_of
 
 NORM_EPSILON = 1e-6
 """That of the norms of latent vectors, whatever the config has for the others: transformers fixes it."""
@@ -26,11 +28,22 @@ class DownLinear(nnx.Module):
     """
 
     def __init__(
-        self, in_size: int, out_size: int, *, dtype: DTypeLike, rngs: nnx.Rngs, rules: ShardingRules = DEFAULT_RULES
+        self,
+        in_size: int,
+        out_size: int,
+        *,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+        lora: Lora | None = None,
+        rules: ShardingRules = DEFAULT_RULES,
     ) -> None:
-        self.dtype, self.rules = dtype, rules
-        self.kernel = make_param(rngs.params(), (in_size, out_size), ("embed", "latent"), std=INIT_STD, rules=rules)
+        self.dtype, self.rules, dims = dtype, rules, ("embed", "latent")
+        self.kernel = make_param(rngs.params(), (in_size, out_size), dims, std=INIT_STD, rules=rules)
         self.kernel_scale = nnx.data(None)
+        adapter = make_adapter(rngs, lora, self.kernel[...], dims, rules)
+        self.lora, (self.lora_a, self.lora_b, self.lora_m) = lora, adapter
+        if lora is not None and lora.base == "nf4":
+            hold_nf4(self)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """x[B@data, T, D] -> y[B@data, T, C].
@@ -38,8 +51,11 @@ class DownLinear(nnx.Module):
         Raises:
             ModelError: x has another number of features.
         """
-        check_features(x_BTD, self.kernel.shape[0], layer="DownLinear")
-        y_BTC = multiply(x_BTD, self.kernel[...], dtype=self.dtype, scale=scale_of(self))
+        check_features(x_BTD, num_inputs(self), layer="DownLinear")
+        kernel, scale = read_kernel(self)
+        kernel = kernel if self.lora is None else jax.lax.stop_gradient(kernel)
+        y_BTC = multiply(x_BTD, kernel, dtype=self.dtype, scale=scale)
+        y_BTC = scale_columns(self, add_adapter(self, x_BTD, y_BTC, ()))
         return self.rules.constrain(y_BTC, name_dims(y_BTC, "latent", tokens="stream_tokens"))
 
 
@@ -48,9 +64,10 @@ class LatentQuery(nnx.Module):
 
     def __init__(self, config: ModelConfig, **own: Any) -> None:
         size = config.query_latent_size
-        self.down = DownLinear(config.hidden_size, size, **own)
+        down, up = (lora_of(config, f"attention.query.{name}") for name in ("down", "up"))
+        self.down = DownLinear(config.hidden_size, size, lora=down, **own)
         self.norm = make_latent_norm(size, **own)
-        self.up = ColumnLinear(size, config.query_size, dim="heads", bias="off", **own)
+        self.up = ColumnLinear(size, config.query_size, dim="heads", bias="off", lora=up, **own)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """x[B@data, T, D] -> y[B@data, T, (N H)@tensor], of all tokens of a context rank."""

@@ -28,7 +28,9 @@ from ...meshes.device_axes import manual_axes, mark_varying, num_blocks
 from ..collectives import sum_blocks
 from ..partitioning import make_param, param_metadata
 from ..product import multiply
+from ..quantized import dequantize, scale_of
 from .check_config import Lora
+from .nf4 import dequantize_nf4, is_nf4
 
 ADAPTED = "adapted"
 """Name of the sum of both products for rematerialization: by the policy for products each would be kept beside it."""
@@ -46,21 +48,24 @@ class _Adapted(Protocol):
 
 
 def make_adapter(
-    rngs: nnx.Rngs, lora: Lora | None, kernel: jax.Array, dims: tuple[str, str], rules: ShardingRules
+    rngs: nnx.Rngs, lora: Lora | None, kernel: jax.Array, dims: tuple[str, ...], rules: ShardingRules
 ) -> tuple[Any, Any, Any]:
-    """Return A [in, r], B [r, out] and magnitudes [out] of a kernel [in, out] whose dimensions have these names.
+    """Return A [..., in, r], B [..., r, out] and magnitudes [..., out] of a kernel [..., in, out], [E, in, out] say.
 
     None for each that the layer has not.
+
+    Args:
+        dims: names of the kernel's dimensions.
     """
     if lora is None or not lora.rank:
         return nnx.data(None), nnx.data(None), nnx.data(None)
-    (d_in, d_out), rank = kernel.shape, lora.rank
+    (*lead, d_in, d_out), (*first, row, column), rank = kernel.shape, dims, lora.rank
     # x A has about the size of a feature of x.
-    a = make_param(rngs.params(), (d_in, rank), (dims[0], "lora"), std=d_in**-0.5, rules=rules)
-    b = make_param(rngs.params(), (rank, d_out), ("lora", dims[1]), std=0.0, rules=rules)
+    a = make_param(rngs.params(), (*lead, d_in, rank), (*first, row, "lora"), std=d_in**-0.5, rules=rules)
+    b = make_param(rngs.params(), (*lead, rank, d_out), (*first, "lora", column), std=0.0, rules=rules)
     if lora.magnitude == "off":
         return a, b, nnx.data(None)
-    return a, b, nnx.Param(column_lengths(kernel), **param_metadata((dims[1],), rules))
+    return a, b, nnx.Param(column_lengths(kernel), **param_metadata((*first, column), rules))
 
 
 def column_lengths(kernel: jax.Array) -> jax.Array:
@@ -104,16 +109,46 @@ def scale_columns(layer: _Adapted, y: jax.Array, *, rows: Sequence[str] = ()) ->
 
 
 def _relative_lengths(layer: _Adapted, magnitude_F: jax.Array, rows: Sequence[str]) -> jax.Array:
-    """Return m / |V| [F] in float32; 1 where m is 0, as of layers without an adapter that are joined with others."""
     assert layer.lora is not None
-    kernel, a, b = (jax.lax.stop_gradient(w[...]) for w in (layer.kernel, layer.lora_a, layer.lora_b))
+    kernel, a, b = (w[...] for w in (layer.kernel, layer.lora_a, layer.lora_b))
+    return relative_lengths(kernel, a, b, magnitude_F, scale=layer.lora.scale, rows=rows)
+
+
+def relative_lengths(
+    kernel: jax.Array, a: jax.Array, b: jax.Array, magnitude: jax.Array, *, scale: float, rows: Sequence[str]
+) -> jax.Array:
+    """Return m / |V| [..., F] in float32; 1 where m is 0, as of layers without an adapter that are joined with others.
+
+    kernel[..., D@rows, F], A[..., D@rows, r], B[..., r, F], m[..., F]; of these m alone has a gradient.
+    """
+    kernel, a, b = map(jax.lax.stop_gradient, (kernel, a, b))
     # A in the kernel's dtype, in which x A is computed: in float32 the product would read a copy of the kernel.
     exact: dict[str, Any] = {"precision": "highest", "preferred_element_type": jnp.float32}
-    inner_rF = jnp.einsum("dr,df->rf", a.astype(kernel.dtype), kernel, **exact)
-    outer_rF = jnp.einsum("rs,sf->rf", jnp.einsum("dr,ds->rs", a, a, **exact), b.astype(jnp.float32), **exact)
-    scale, b = layer.lora.scale, b.astype(jnp.float32)
-    added_F = (b * (2 * scale * inner_rF + scale**2 * outer_rF)).sum(0)
-    squares_F = jnp.square(kernel.astype(jnp.float32)).sum(0) + added_F
+    inner_rF = jnp.einsum("...dr,...df->...rf", a.astype(kernel.dtype), kernel, **exact)
+    square_rr = jnp.einsum("...dr,...ds->...rs", a, a, **exact)
+    outer_rF = jnp.einsum("...rs,...sf->...rf", square_rr, b.astype(jnp.float32), **exact)
+    added_F = (b.astype(jnp.float32) * (2 * scale * inner_rF + scale**2 * outer_rF)).sum(-2)
+    squares_F = jnp.square(kernel.astype(jnp.float32)).sum(-2) + added_F
     lengths_F = jnp.sqrt(sum_blocks(squares_F, rows))
-    is_own_F = magnitude_F != 0
-    return jnp.where(is_own_F, magnitude_F / jnp.where(is_own_F, lengths_F, 1.0), 1.0)
+    is_own_F = magnitude != 0
+    return jnp.where(is_own_F, magnitude / jnp.where(is_own_F, lengths_F, 1.0), 1.0)
+
+
+def whole_kernel(layer: Any) -> jax.Array:
+    """Return the float32 kernel[..., in, out] by which a layer multiplies, its adapter merged; rows are not split.
+
+    For whoever multiplies by a kernel in another way than the layer does.
+    """
+    kernel, scale = layer.kernel[...], scale_of(layer)
+    has_codes = scale is not None and is_nf4(kernel)
+    kernel = dequantize_nf4(kernel, scale) if has_codes else dequantize(kernel, scale)
+    if layer.lora_a is None:
+        return kernel
+    product = jnp.einsum("...dr,...rf->...df", layer.lora_a[...], layer.lora_b[...], precision="highest")
+    return merged(kernel, layer.lora.scale * product, None if layer.lora_m is None else layer.lora_m[...])
+
+
+def merged(kernel: jax.Array, added: jax.Array, magnitude: jax.Array | None) -> jax.Array:
+    """Return kernel[..., in, out] + added in float32; columns have the lengths m[..., out] if there are magnitudes."""
+    whole = kernel.astype(jnp.float32) + added
+    return whole if magnitude is None else whole * (magnitude / column_lengths(whole))[..., None, :]

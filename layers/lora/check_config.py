@@ -1,15 +1,13 @@
-"""Which linear layers of a model have adapters, and the checks of that choice."""
+"""The checks of the fields of a `ModelConfig` that are about adapters, and what a layer is told of its own."""
 
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any, Literal
 
 from ...meshes import ModelError
-from ...meshes.errors import suggest
+from ...meshes.errors import shown, suggest
 from .frozen_kernels import check_base
-
-ATTENTION_TARGETS = ("query", "key", "value", "out")
-TARGETS = (*ATTENTION_TARGETS, "gate", "up", "down")
-"""Layers that may have an adapter, by the names of their parameters."""
+from .linears import HEAD, NO_LINEARS, LayerRun, adapted_of, ends_of, has_adapted_head, layer_runs, matching_layers
 
 ADAPTERS = ("lora_a", "lora_b")
 """Names of the matrices of an adapter, [in, r] and [r, out]."""
@@ -22,6 +20,9 @@ TRAINED = (*ADAPTERS, MAGNITUDE)
 
 LORA_FIELDS = ("lora_rank", "lora_alpha", "lora_targets", "lora_magnitude", "lora_base")
 """Fields of a `ModelConfig` that are about adapters."""
+
+_LONGEST = 100
+"""Characters of a pattern that are compared with names for a suggestion."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,12 +41,23 @@ class Lora:
     base: Literal["plain", "nf4"] = "plain"
 
 
-def lora_of(config: Any, target: str) -> Lora | None:
-    """Return the adapter of a layer by its name in `TARGETS`, None in a model without adapters."""
+def lora_of(config: Any, name: str) -> Lora | None:
+    """Return the adapter of a linear layer by its name in a layer (`linears.py`), None in a model without adapters.
+
+    Args:
+        config: that of layers of one kind.
+    """
     if not config.lora_rank:
         return None
-    rank = config.lora_rank if target in lora_targets(config) else 0
+    rank = config.lora_rank if any(one.name == name for one in adapted_of(config)) else 0
     return Lora(rank=rank, scale=lora_scale(config), magnitude=config.lora_magnitude, base=config.lora_base)
+
+
+def lora_of_head(config: Any) -> Lora | None:
+    """Return the adapter of the output table, None if it has none."""
+    if not has_adapted_head(config):
+        return None
+    return Lora(rank=config.lora_rank, scale=lora_scale(config), magnitude=config.lora_magnitude)
 
 
 def lora_scale(config: Any) -> float:
@@ -53,38 +65,29 @@ def lora_scale(config: Any) -> float:
     return (config.lora_alpha or config.lora_rank) / config.lora_rank
 
 
-def lora_targets(config: Any) -> tuple[str, ...]:
-    """Return the layers that have adapters: those of the config, or all that the model has; in the order of TARGETS."""
-    known = [name for name in TARGETS if name != "gate" or config.is_gated]
-    return tuple(name for name in known if name in (config.lora_targets or known))
-
-
 def check_lora(config: Any) -> None:
     """Raise unless the fields of a `ModelConfig` that are about adapters agree.
 
     Raises:
-        ModelError: the rank is negative, fields are given without one, a target is unknown or not in the model, or the
-            model has layers that adapters do not support.
+        ModelError: the rank is negative, fields are given without one, or a pattern matches no linear layer, or some
+            of layers that are alike.
     """
     _check_given(config)
     check_base(config)
-    if not config.lora_rank:
-        return
-    for name in config.lora_targets:
-        _check_target(name, mlp=config.mlp)
-    for name, what in {"num_experts": "a mixture of experts", "latent_size": "attention from latent vectors"}.items():
-        if getattr(config, name):
-            raise ModelError(
-                f"lora_rank={config.lora_rank} with {name}={getattr(config, name)}: there are no adapters for {what}.",
-                fix="set lora_rank=0, to train all weights.",
-            )
+    if config.lora_rank and config.lora_targets != NO_LINEARS:
+        runs = layer_runs(config)
+        for pattern in config.lora_targets:
+            _check_pattern(pattern, runs, config)
+        _check_whole_runs(config.lora_targets, runs)
 
 
 def _check_given(config: Any) -> None:
     if config.lora_rank < 0:
         raise ModelError(f"lora_rank={config.lora_rank} is negative.", fix="set it to 8, say, or 0 for no adapters.")
     if not isinstance(config.lora_targets, tuple) or not all(isinstance(name, str) for name in config.lora_targets):
-        raise ModelError(f"lora_targets={config.lora_targets!r} is not a tuple of names.", fix=f"name {_listed()}.")
+        raise ModelError(
+            f"lora_targets={config.lora_targets!r} is not a tuple of names.", fix="write ('query', 'mlp.*'), say."
+        )
     for name in ("lora_alpha", "lora_targets"):
         if getattr(config, name) and not config.lora_rank:
             raise ModelError(
@@ -98,17 +101,62 @@ def _check_given(config: Any) -> None:
         )
 
 
-def _check_target(name: str, *, mlp: str) -> None:
-    if name not in TARGETS:
+def _check_pattern(pattern: str, runs: tuple[LayerRun, ...], config: Any) -> None:
+    """Raise unless a pattern matches a linear layer of the model."""
+    if pattern == HEAD:
+        if config.embeddings == "tied":
+            raise ModelError(
+                f"lora_targets has {HEAD!r}, and embeddings='tied': the table of the head is the embedding's.",
+                fix="leave head out, or set embeddings='untied' if the weights are.",
+            )
+        return
+    if any(matching_layers(pattern, one.name, run) for run in runs for one in run.linears):
+        return
+    last = pattern.rpartition(".")[2]
+    if last == "gate" and not config.is_gated:
         raise ModelError(
-            f"lora_targets has {name!r}, which is no linear layer of a block.{suggest(name, TARGETS)}",
-            fix=f"name some of {_listed()}, or leave it out for all.",
+            f"lora_targets has {pattern!r}, but mlp={config.mlp!r} has none.",
+            fix="leave gate out, or set mlp='swiglu'.",
         )
-    if name == "gate" and mlp == "gelu":
+    if last == "router":
         raise ModelError(
-            f"lora_targets has 'gate', but mlp={mlp!r} has none.", fix="leave gate out, or set mlp='swiglu'."
+            f"lora_targets has {pattern!r}: the router is frozen, so that tokens keep to the experts that were trained "
+            "on their like.",
+            fix="name linear layers of experts, 'mlp.experts.*', or set lora_rank=0, to train all weights.",
         )
+    names = list(dict.fromkeys(one.name for run in runs for one in run.linears))
+    nearest = _nearest(pattern, names)
+    raise ModelError(
+        f"lora_targets has {shown(pattern)}, which matches no linear layer of this model.{nearest}",
+        fix=f"name or match some of {', '.join(names)}, or leave it out for all.",
+    )
 
 
-def _listed() -> str:
-    return ", ".join(TARGETS)
+def _nearest(pattern: str, names: list[str]) -> str:
+    """Return a suggestion: the pattern with parts of names in place of mistyped ones, or else the nearest name."""
+    parts = {part for name in names for part in name.split(".")}
+    mended = ".".join(
+        own if own in parts or not own.isidentifier() else next(iter(get_close_matches(own, parts, n=1)), own)
+        for own in pattern[:_LONGEST].split(".")
+    )
+    run = LayerRun(0, 1, ())
+    if mended != pattern and any(matching_layers(mended, name, run) for name in names):
+        return f" Did you mean {mended!r}?"
+    return suggest(pattern, [end for name in names for end in ends_of(name)])
+
+
+def _check_whole_runs(patterns: tuple[str, ...], runs: tuple[LayerRun, ...]) -> None:
+    """Raise if a linear layer is matched in some layers of a run: they lie in one array, [L, in, out]."""
+    for run in runs:
+        for one in run.linears:
+            _check_whole_run(patterns, one.name, run)
+
+
+def _check_whole_run(patterns: tuple[str, ...], name: str, run: LayerRun) -> None:
+    matched: frozenset[int] = frozenset().union(*(matching_layers(own, name, run) for own in patterns))
+    if 0 < len(matched) < run.count:
+        raise ModelError(
+            f"lora_targets={list(patterns)} match {name} in {len(matched)} of the layers {run.first} to "
+            f"{run.first + run.count - 1}, which are alike: all {run.count} have adapters of it, or none.",
+            fix=f"write 'layers.*.{name}', or {name!r}.",
+        )

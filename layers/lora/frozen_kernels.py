@@ -41,9 +41,11 @@ def check_base(config: Any) -> None:
                 f"{asked} with {name}={getattr(config, name)!r}: not for kernels in four bits.",
                 fix=f"set {name}={plain!r}, or lora_base='plain'.",
             )
-    if block_size(config.hidden_size) < LEAST_BLOCK:
-        raise ModelError(
-            f"{asked} with hidden_size={config.hidden_size}: blocks of {block_size(config.hidden_size)} numbers, and a "
-            f"block has {LEAST_BLOCK} or more.",
-            fix=f"use a hidden size that is a multiple of {LEAST_BLOCK}, or lora_base='plain'.",
-        )
+    for name in ("hidden_size", "latent_size", "query_latent_size"):
+        size = getattr(config, name)
+        if size and block_size(size) < LEAST_BLOCK:
+            raise ModelError(
+                f"{asked} with {name}={size}: blocks of {block_size(size)} numbers, and a block has {LEAST_BLOCK} or "
+                "more.",
+                fix=f"use a {name.replace('_', ' ')} that is a multiple of {LEAST_BLOCK}, or lora_base='plain'.",
+            )

@@ -86,14 +86,21 @@ def block_dim(values: Any, scale: Any) -> int:
 def num_inputs(layer: Any) -> int:
     """Return the features that a layer's kernel multiplies."""
     kernel = layer.kernel[...]
-    return whole_shape(kernel, layer.kernel_scale[...])[0] if is_nf4(kernel) else kernel.shape[0]
+    return whole_shape(kernel, layer.kernel_scale[...])[-2] if is_nf4(kernel) else kernel.shape[-2]
 
 
 def hold_nf4(layer: Any) -> None:
-    """Replace the kernel of a linear layer by values and scales, in place; its blocks lie along "embed"."""
+    """Replace the kernel of a linear layer by values and scales, in place; its blocks lie along "embed".
+
+    Kernels of experts are [E, in, out].
+    """
     metadata = dict(layer.kernel.get_metadata())
-    values, scale = quantize_nf4(layer.kernel[...], dim=-2 if metadata["out_sharding"][0] == "embed" else -1)
+    values, scale = quantize_nf4(layer.kernel[...], dim=_blocked_dim(metadata["out_sharding"]))
     layer.kernel, layer.kernel_scale = nnx.Param(values, **metadata), nnx.Param(scale, **metadata)
+
+
+def _blocked_dim(dims: tuple[str, ...]) -> int:
+    return -2 if dims[-2] == "embed" else -1
 
 
 def _in_blocks(x: jax.Array, dim: int, block: int) -> jax.Array:

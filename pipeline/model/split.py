@@ -233,7 +233,7 @@ def _layer_fn(kind: LayerKind, block: JoinedBlock) -> Callable[..., Any]:
         # A row for each layer with experts, since metrics are added over layers.
         is_own = jnp.arange(kind.num_layers) == info.index - kind.first
         own = {"expert_tokens": is_own[:, None] * tokens_E[None], "router_loss": stats.loss}
-        loads = {"expert_tokens": tokens_E} if kind.config.router_bias == "on" else None
+        loads = {"expert_tokens": tokens_E} if kind.config.moves_router_bias else None
         return Output(x=y_BTD, loss=stats.loss, metrics={**stats.metrics, **own}, stats=loads)
 
     config = kind.config

@@ -1,10 +1,12 @@
 """Count the parameters that one device holds. Read `memory_model.py` for the bytes that they take."""
 
-from typing import Literal
+from dataclasses import replace
+from typing import Any, Literal
 
 from ...layers import ModelConfig, param_counts
 from ...layers.attention.counts import attention_vectors, attention_weights
 from ...layers.lora.frozen_kernels import block_size
+from ...layers.lora.linears import adapted_of, has_adapted_head, head_linear
 from ...layers.own.check_config import has_own_classes
 from ...layers.own.counts import device_sizes
 from ...layers.vocabulary import stored_words
@@ -53,25 +55,45 @@ def expert_matrices(model: ModelConfig, *, tensor: int, expert: int = 1) -> int:
     return model.num_experts // expert * num_kernels * model.hidden_size * model.expert_size // tensor
 
 
-def trained_params(model: ModelConfig, *, params: float, layout: Layout, runtime: Runtime, layers: KindCounts) -> float:
-    """Return how many of a device's parameters are trained: all, or those of adapters of its kernels.
+def trained_params(
+    model: ModelConfig, *, params: float, layout: Layout, runtime: Runtime, layers: KindCounts, ends: tuple[End, ...]
+) -> float:
+    """Return how many of a device's parameters are trained: all, or those of adapters of its kernels and its head.
 
     An adapter of a kernel [k, n] has rank x (k + n) parameters; of these the dim that is split over tensor is split.
     """
     if not runtime.adapter_rank:
         return params
+    if model.lora_rank:
+        has_head = layout.pipe == 1 or runtime.vocab == "split" or "head" in ends
+        of_head = _head_adapter(model, words=device_words(model, layout=layout, runtime=runtime)) if has_head else 0
+        return of_head + sum(count * adapter_params(kind, layout=layout) for kind, count in layers)
     num_layers, rank = sum(count for _, count in layers), runtime.adapter_rank
     return num_layers * sum(_adapter_params(model, names, layout.tensor, rank) for names in runtime.adapted)
 
 
+def adapter_params(kind: ModelConfig, *, layout: Layout) -> int:
+    """Return the parameters of the adapters of one layer of a kind on one device."""
+    split: dict[str, Any] = {"tensor": layout.tensor, "expert": layout.expert, "magnitude": kind.lora_magnitude}
+    return sum(one.adapter_params(kind.lora_rank, **split) for one in adapted_of(kind))
+
+
+def _head_adapter(model: ModelConfig, *, words: int) -> int:
+    """Return the parameters of the adapter of a device's rows of the output table, 0 if it has none."""
+    if not has_adapted_head(model):
+        return 0
+    own = replace(head_linear(model), num_out=words)
+    return own.adapter_params(model.lora_rank, magnitude=model.lora_magnitude)
+
+
 def _adapter_params(model: ModelConfig, names: tuple[str, ...], tensor: int, rank: int) -> float:
-    """Return the parameters, on a device, of an adapter that layers share, with the magnitudes of their columns."""
+    """Return the parameters, on a device, of an adapter that layers share in another runtime."""
     d, t = model.hidden_size, tensor
     q, kv, f = model.query_size / t, model.kv_size / t, model.ffn_size / t
     gate = f if model.is_gated else 0.0
     outs = {"query": q, "key": kv, "value": kv, "out": d, "gate": gate, "up": f, "down": d}
     num_in, num_out = {"out": q, "down": f}.get(names[0], d), sum(outs[name] for name in names)
-    return rank * (num_in + num_out) + (num_out if model.lora_magnitude == "on" else 0)
+    return rank * (num_in + num_out)
 
 
 def _columns(model: ModelConfig, tensor: int) -> tuple[int, int]:

@@ -219,7 +219,7 @@ def _rank_state(
     experts = sum(count * expert_matrices(kind, **split) for kind, count in layers)
     state = _split_state(layout, runtime, params=params, whole=whole, experts=experts)
     # Frozen weights have neither gradients nor moments.
-    trained = trained_params(model, params=params, layout=layout, runtime=runtime, layers=layers) / params
+    trained = trained_params(model, params=params, layout=layout, runtime=runtime, layers=layers, ends=ends) / params
     state |= {name: trained * state[name] for name in ("gradients", "optimizer")}
     kernels = sum(count * block_matrices(kind, **split) for kind, count in layers)
     if runtime.adapter_rank:

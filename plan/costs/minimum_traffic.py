@@ -20,11 +20,13 @@ Traffic is counted as in `../../programs/collectives.py`: bytes that the busiest
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
-from ...layers import ModelConfig, Remat, param_counts
+from ...layers import ModelConfig, Remat
 from ...layers.attention.counts import attention_widths
 from ...layers.context.choice import Way
 from ...layers.experts.kinds import layer_kinds, layers_by_kind
+from ...layers.lora.linears import adapted_of
 from ...meshes import MeshSpec, PlanError
 from ...meshes.arguments import check_fields
 from ...meshes.axes import Role
@@ -176,13 +178,29 @@ def explain_ratios(sizes: StepSizes, *, shard: Shard = "none", remat: Remat = "d
     return tuple(found)
 
 
+def _adapter_gradients(sizes: StepSizes, rank: int) -> Iterator[tuple[str, float]]:
+    """Yield the all-reduces of the gradients of the rank's adapters, those of experts over data x context alone.
+
+    At least: one of the two matrices of each is whole over tensor, and sent by all of its ranks.
+    """
+    mesh = sizes.mesh
+    for kind, num_layers in sizes.kinds_of(rank):
+        given: dict[str, Any] = {"rank": kind.lora_rank, "magnitude": kind.lora_magnitude}
+        own = dict.fromkeys((False, True), 0.0)
+        for one in adapted_of(kind):
+            own[one.copies > 1] += one.adapter_params(**given) / mesh.tensor
+        copies = sizes.shards // mesh.expert
+        if own[True]:
+            sent = _updated(sizes, 0, own[True] / mesh.expert, over=copies)
+            yield mesh.label(*_SUMMED_OF_EXPERTS), num_layers * sent
+        yield mesh.label(*_SUMMED), num_layers * _updated(sizes, 0, own[False], over=sizes.shards)
+
+
 def _gradients(sizes: StepSizes, rank: int) -> Iterator[tuple[str, float]]:
     """Yield the all-reduces of the rank's gradients: those of blocks over data, of whole parameters over tensor."""
     mesh, split = sizes.mesh, {"tensor": sizes.mesh.tensor, "expert": sizes.mesh.expert}
-    if adapters := param_counts(sizes.model).adapters:
-        # At least: one of the two matrices of each is whole over tensor, and sent by all of its ranks.
-        own, num_layers = adapters / sizes.model.num_layers / mesh.tensor, sum(n for _, n in sizes.kinds_of(rank))
-        yield mesh.label(*_SUMMED), num_layers * _updated(sizes, 0, own, over=sizes.shards)
+    if sizes.model.lora_rank:
+        yield from _adapter_gradients(sizes, rank)
         return
     for kind, num_layers in sizes.kinds_of(rank):
         # Experts are summed over data x context alone, all else over expert too.

@@ -11,6 +11,7 @@ from typing import Literal
 
 from ...layers import ModelConfig
 from ...layers.attention.counts import attention_products, attention_widths
+from ...layers.lora.linears import adapted_of, ends_of
 from ...layers.own.counts import own_flops
 from ...layers.own.trace import trace_products
 from .device_params import block_matrices
@@ -75,11 +76,20 @@ def layer_operations(model: ModelConfig, *, size: LayerSize, runtime: Runtime) -
             continue
         if runtime.product_format.is_narrow:
             yield _casts(operation, item_bytes(model), runtime)
-        adapted = runtime.adapted if runtime.adapter_rank else ()
-        if num_adapters := sum(not set(operation.layers).isdisjoint(names) for names in adapted):
+        if num_adapters := _count_adapters(operation, model, runtime):
             yield from _adapter(operation, item_bytes(model), num_adapters * runtime.adapter_rank)
             if model.lora_magnitude == "on":
                 yield _magnitudes(operation, item_bytes(model))
+
+
+def _count_adapters(product: Product, model: ModelConfig, runtime: Runtime) -> int:
+    """Return how many adapters the layers of a product have; those that share one have it together."""
+    if not runtime.adapter_rank:
+        return 0
+    # Layers of different kinds may have them in different places.
+    adapted = [(one.name,) for one in adapted_of(model)] if model.lora_rank else runtime.adapted
+    ends = {end for name in product.layers for end in ends_of(name)}
+    return sum(not ends.isdisjoint(names) for names in adapted)
 
 
 def _block_operations(model: ModelConfig, *, size: LayerSize, runtime: Runtime) -> Iterator[Operation]:
@@ -97,7 +107,8 @@ def _block_operations(model: ModelConfig, *, size: LayerSize, runtime: Runtime) 
     if model.mlp_class:
         yield from _own_products(model, "mlp_class", size=size)
     elif features := 0 if model.block else model.shared_size if model.num_experts else model.ffn_size:
-        yield from _feed_forward(model, tokens=tokens, features=features / t)
+        name = "mlp.shared" if model.num_experts else "mlp"
+        yield from _feed_forward(model, tokens=tokens, features=features / t, name=name)
     yield _residual(whole, item, runtime)
     for _ in range(model.num_block_norms - 2):
         yield _norm(whole, item)
@@ -110,15 +121,24 @@ def _block_operations(model: ModelConfig, *, size: LayerSize, runtime: Runtime) 
 def _attention(model: ModelConfig, *, size: LayerSize, runtime: Runtime) -> Iterator[Operation]:
     tokens, t, item = size.sequences * size.queries, size.tensor, item_bytes(model)
     own, (*into, out) = attention_widths(model, tensor=t), attention_products(model, tensor=t)
-    for rows, columns in into:
-        yield Product(part="weights", m=tokens, n=columns, k=rows, layers=("query", "key", "value"))
+    for (rows, columns), layers in zip(into, _attention_inputs(model), strict=True):
+        yield Product(part="weights", m=tokens, n=columns, k=rows, layers=layers)
     if normed := own.latents + (own.query + own.key if model.qk_norm != "off" else 0):
         yield _norm(tokens * normed, item)
     if model.positions == "rotary":
         turned = tokens * (own.query + own.key)
         yield Stream(part="vector", forward_bytes=2 * item * turned, backward_bytes=2 * item * turned)
     yield from _core(model, size=size, runtime=runtime)
-    yield Product(part="weights", m=tokens, n=out[1], k=out[0], layers=("out",))
+    yield Product(part="weights", m=tokens, n=out[1], k=out[0], layers=("attention.out",))
+
+
+def _attention_inputs(model: ModelConfig) -> tuple[tuple[str, ...], ...]:
+    """Return the linear layers of each of `attention_products` but the last, by name."""
+    if not model.latent_size:
+        return (("attention.query", "attention.key", "attention.value"),)
+    if not model.query_latent_size:
+        return ("attention.latent_down",), ("attention.query",), ("attention.key_value",)
+    return ("attention.latent_down", "attention.query.down"), ("attention.query.up",), ("attention.key_value",)
 
 
 def _own_products(model: ModelConfig, key: str, *, size: LayerSize) -> Iterator[Operation]:
@@ -163,15 +183,20 @@ def _core(model: ModelConfig, *, size: LayerSize, runtime: Runtime) -> Iterator[
     yield Product(part="core", m=size.queries, n=value, k=size.keys, batch=heads)
 
 
-def _feed_forward(model: ModelConfig, *, tokens: float, features: float, batch: int = 1) -> Iterator[Operation]:
-    """Yield both products of the feed-forward part, and the activation function between them."""
+def _feed_forward(
+    model: ModelConfig, *, tokens: float, features: float, name: str, batch: int = 1
+) -> Iterator[Operation]:
+    """Yield both products of the feed-forward part, and the activation function between them.
+
+    name: that of its linear layers but for their last part.
+    """
     item, f = item_bytes(model), features
-    num_up = 2 if model.is_gated else 1
-    yield Product(part="weights", m=tokens, n=num_up * f, k=model.hidden_size, batch=batch, layers=("gate", "up"))
+    num_up, into = 2 if model.is_gated else 1, (f"{name}.gate", f"{name}.up")
+    yield Product(part="weights", m=tokens, n=num_up * f, k=model.hidden_size, batch=batch, layers=into)
     moved = item * tokens * batch * f
     # GELU reads its input; SwiGLU reads two. Their backwards read the gradient and the inputs, and write as many.
     yield Stream(part="vector", forward_bytes=(num_up + 1) * moved, backward_bytes=(2 * num_up + 1) * moved)
-    yield Product(part="weights", m=tokens, n=model.hidden_size, k=f, batch=batch, layers=("down",))
+    yield Product(part="weights", m=tokens, n=model.hidden_size, k=f, batch=batch, layers=(f"{name}.down",))
 
 
 def _experts(model: ModelConfig, *, size: LayerSize) -> Iterator[Operation]:
@@ -184,7 +209,8 @@ def _experts(model: ModelConfig, *, size: LayerSize) -> Iterator[Operation]:
     yield Stream(part="vector", forward_bytes=moved, backward_bytes=moved)
     # A device has its experts' rows of all devices of the group.
     own = model.num_experts // size.expert
-    yield from _feed_forward(model, tokens=rows * size.expert, features=model.expert_size / size.tensor, batch=own)
+    of_experts = {"tokens": rows * size.expert, "features": model.expert_size / size.tensor}
+    yield from _feed_forward(model, **of_experts, name="mlp.experts", batch=own)
 
 
 def _adapter(product: Product, item: int, rank: int) -> Iterator[Operation]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from ...layers import ModelConfig
-from ...layers.lora.check_config import lora_targets
+from ...layers.lora.linears import adapted_names
 from ...meshes import PlanError
 from ...meshes.arguments import check_choice, check_fields
 from ...meshes.device_kind import is_hopper_or_later
@@ -68,7 +68,7 @@ class Runtime:
         cast_layouts: layouts in which a cast is stored: XLA's products read the one, TransformerEngine's one for each.
         gathers: whether collectives over tensor gather activations before their cast, or after it.
         adapter_rank: rank of the adapters that are trained beside frozen weights; 0 if all weights are trained.
-        adapted: layers with an adapter, those together that share one.
+        adapted: layers with an adapter by their names, or ends of these; those together that share one.
         weight_casts: whether weights are cast to it once a step, or for every microbatch.
         logits: whether the loss holds the logits of all tokens of a microbatch, or of one chunk of them at a time.
         loss_bytes: bytes that the loss holds of each logit; 0 for a fused kernel's, float32 and the gradient.
@@ -245,6 +245,6 @@ def _is_fused(model: ModelConfig, key: str) -> bool:
 def _adapter_traits(model: ModelConfig) -> dict[str, Any]:
     if not model.lora_rank:
         return {}
-    adapted = tuple((name,) for name in lora_targets(model))
+    adapted = tuple((name,) for name in adapted_names(model))
     # Frozen kernels and tables are kept in the compute dtype.
     return {"adapter_rank": model.lora_rank, "adapted": adapted, "weight_bytes": 4 if model.dtype == "float32" else 2}

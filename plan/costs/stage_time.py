@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from ...layers import ModelConfig
+from ...layers.lora.linears import has_adapted_head
 from ...pipeline import balance_layers, resolve_layers
 from ...pipeline.model.balance import balance_times, layer_times
 from ...schedules import Placement, StageCost
@@ -82,8 +83,9 @@ def end_costs(model: ModelConfig, *, layout: Layout, runtime: Runtime, topology:
     hop = _hop_s(model, tokens=tokens, layout=layout, runtime=runtime, topology=topology)
     embedding = _embedding(model, tokens=tokens, layout=layout, topology=topology)
     if runtime.adapter_rank:
-        # Frozen tables have no gradient.
-        embedding, head = replace(embedding, weight_grad=0.0), replace(head, weight_grad=0.0)
+        # Frozen tables have no gradient, but that of a head from which its adapter's follow.
+        embedding = replace(embedding, weight_grad=0.0)
+        head = head if has_adapted_head(model) else replace(head, weight_grad=0.0)
     if runtime.vocab == "ends" or layout.pipe == 1:
         return EndCosts(embedding=embedding, head=head, shared_loss=0.0, hop=hop)
     over_pipe = make_group(topology, size=layout.pipe, stride=_pipe_stride(layout))

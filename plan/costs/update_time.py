@@ -115,7 +115,7 @@ def update_time(
     """
     params = device_params(model, layout=layout, runtime=runtime, layers=layers, ends=ends)
     # Frozen weights are gathered where they are sharded; gradients and moments are those of trained parameters.
-    trained = trained_params(model, params=params, layout=layout, runtime=runtime, layers=layers)
+    trained = trained_params(model, params=params, layout=layout, runtime=runtime, layers=layers, ends=ends)
     experts = sum(count * expert_matrices(kind, tensor=layout.tensor, expert=layout.expert) for kind, count in layers)
     is_split = layout.zero > 0 or layout.splits_gradients
     shards = layout.replicas * layout.context if is_split else 1

@@ -74,7 +74,7 @@ def test_describe_says_how_much_is_trained(here: Path, capsys: pytest.CaptureFix
     words = f"describe runs/mine/config.toml --train.init_from model {LORA}"
     main(words.replace("--mesh.data 8", "--mesh.data 2 --mesh.pipe 2 --mesh.tensor 2").split())
     out = capsys.readouterr().out
-    assert "are trained: adapters of rank 2 on query, down" in out
+    assert "are trained: adapters of rank 2 on attention.query, mlp.down" in out
 
 
 def test_planner_prices_adapters(here: Path, capsys: pytest.CaptureFixture) -> None:

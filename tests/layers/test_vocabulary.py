@@ -22,6 +22,19 @@ WEIGHTS = np.full((B, T), 1 / (B * T), np.float32)
 SHAPES = {"plain": LogitShape(words=WORDS), "capped": LogitShape(scale=0.5, cap=2.0, words=WORDS)}
 
 
+def test_rows_of_the_adapter_of_a_head_are_resized_with_its_table() -> None:
+    own = {"table": TABLE, "lora_a": np.ones((D, 2)), "lora_b": np.ones((WORDS, 2)), "lora_m": np.ones(WORDS)}
+    found = resize_tables({"embed": {"table": TABLE}, "head": own}, ROWS)
+    assert {name: leaf.shape for name, leaf in found["head"].items()} == {
+        "table": (ROWS, D),
+        "lora_a": (D, 2),
+        "lora_b": (ROWS, 2),
+        "lora_m": (ROWS,),
+    }
+    back = resize_tables(found, WORDS)["head"]
+    assert all(np.array_equal(back[name], own[name]) for name in own)
+
+
 def padded(table: Any) -> Any:
     return resize_tables({"table": table}, ROWS)["table"]
 

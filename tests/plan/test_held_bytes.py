@@ -6,7 +6,7 @@ from typing import Any, get_args
 import jax
 import pytest
 from trellax.layers import ModelConfig, model_rules
-from trellax.meshes import MeshSpec, build_mesh
+from trellax.meshes import MeshSpec, ShardingRules, build_mesh
 from trellax.pipeline import split_transformer
 from trellax.plan.costs.layout import Layout
 from trellax.plan.costs.memory_model import step_memory
@@ -37,3 +37,21 @@ def test_weights_are_those_of_the_arrays(name: str, mesh: str, vocab: Vocab) -> 
     # Norms are counted as wide as kernels: they are few.
     tolerance = 0 if name == "all trained" else 0.02
     assert max(use.weights for use in uses) == pytest.approx(device_bytes(cut.params), rel=tolerance)
+
+
+@pytest.mark.parametrize("mesh", ["expert=2,tensor=2,pipe=2", pytest.param("tensor=4,pipe=2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("targets", [(), ("attention.*", "experts.down", "head")], ids=["all", "some"])
+def test_adapters_of_every_linear_layer_are_counted(targets: tuple[str, ...], mesh: str) -> None:
+    """Those of experts, shared experts, dense layers, latent vectors and the head, on the fullest rank."""
+    spec, sizes = MeshSpec.parse(mesh), SIZES | {"dense_layers": 1, "num_experts": 4, "experts_per_token": 2}
+    sizes |= {"expert_size": 96, "shared_size": 64, "latent_size": 32, "query_latent_size": 24, "rope_head_size": 8}
+    style: dict[str, Any] = {"bias": "off", "norm": "rmsnorm", "positions": "rotary", "mlp": "swiglu"}
+    model = ModelConfig(**sizes, **style, embeddings="untied", lora_rank=8, lora_targets=targets)
+    there = build_mesh(spec, devices=jax.devices()[: spec.num_devices])
+    rules = model_rules(model, there.shape, rules=ShardingRules.of(spec.roles))
+    cut = split_transformer(model, mesh=there, vocab="split", rules=rules)
+    adapters = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(cut.params) if "lora" in path[-1].key]
+    layout = Layout(data=spec.expert, expert=spec.expert, tensor=spec.tensor, pipe=spec.pipe, microbatches=4)
+    runtime = trellax_runtime(model, read_topology("h100x8").accelerator, vocab="split")
+    uses = step_memory(model, layout=layout, num_tokens=64, runtime=runtime)
+    assert max(use.optimizer for use in uses) == pytest.approx(2 * device_bytes(adapters))

@@ -97,7 +97,11 @@ def test_trellax_prices_its_own_adapters() -> None:
     model = replace(WIDE, lora_rank=8, lora_targets=("query", "down"))
     accelerator, counts = read_topology("h200x8").accelerator, param_counts(model)
     runtime = trellax_runtime(model, accelerator)
-    assert (runtime.adapter_rank, runtime.adapted, runtime.weight_bytes) == (8, (("query",), ("down",)), 2)
+    assert (runtime.adapter_rank, runtime.adapted, runtime.weight_bytes) == (
+        8,
+        (("attention.query",), ("mlp.down",)),
+        2,
+    )
     memory = fullest(step_memory(model, layout=Layout(remat="dots"), num_tokens=4096, runtime=runtime))
     assert memory.gradients == pytest.approx(4 * counts.adapters)
     assert memory.optimizer == pytest.approx(8 * counts.adapters)

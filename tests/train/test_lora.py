@@ -127,6 +127,17 @@ def test_average_is_that_of_the_adapters_and_is_merged_as_they_are(text: Path) -
     assert 0 < jnp.abs(average - own).max() < jnp.abs(last - own).max()
 
 
+def _train_both(one: RunConfig, cut: RunConfig, went_on: RunConfig) -> float:
+    """Train a run at once, and one in two parts; return the loss that both end with."""
+    check_initial_weights(setup_of(one))
+    train(one)
+    train(cut)
+    train(went_on, changes="accept")
+    losses = [read_metrics(config.run_folder)[-1]["val_loss"] for config in (one, went_on)]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=2e-5)
+    return losses[0]
+
+
 @pytest.mark.slow
 def test_run_on_kernels_of_four_bits_goes_on_elsewhere_and_is_the_model_of_its_rounded_base(text: Path) -> None:
     def run(name: str, mesh: str, steps: int, **train: Any) -> RunConfig:
@@ -135,12 +146,7 @@ def test_run_on_kernels_of_four_bits_goes_on_elsewhere_and_is_the_model_of_its_r
 
     one, cut = run("one", "data=8", 4), run("cut", "data=8", 2)
     went_on = run("cut", "data=2,tensor=2,pipe=2", 4, shard="layer")
-    check_initial_weights(setup_of(one))
-    train(one)
-    train(cut)
-    train(went_on, changes="accept")
-    losses = [read_metrics(config.run_folder)[-1]["val_loss"] for config in (one, went_on)]
-    np.testing.assert_allclose(losses[1], losses[0], rtol=2e-5)
+    loss = _train_both(one, cut, went_on)
     with Checkpoints(one.run_folder) as checkpoints:
         state = checkpoints.restore(setup_of(one))
     seal = SaveReader(folder=run_saves(one.run_folder)).require_newest()
@@ -148,4 +154,30 @@ def test_run_on_kernels_of_four_bits_goes_on_elsewhere_and_is_the_model_of_its_r
     merged, tokens = load_model(one.run_folder), jnp.arange(12)[None] % 61
     assert (merged.config.lora_rank, merged.config.lora_base) == (0, "plain")
     np.testing.assert_allclose(merged(tokens), _unmerged(one, state)(tokens), atol=2e-5)
-    assert abs(evaluate(one.run_folder, mesh=setup_of(went_on).mesh) - losses[0]) < 2e-5 * losses[0]
+    assert abs(evaluate(one.run_folder, mesh=setup_of(went_on).mesh) - loss) < 2e-5 * loss
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [{}, {"lora_magnitude": "on"}, {"lora_base": "nf4"}], ids=str)
+def test_run_with_adapters_of_every_kind_goes_on_elsewhere_and_is_merged(more: dict[str, Any], text: Path) -> None:
+    """Attention from latent vectors, dense layers, experts, shared experts and the head, on meshes with expert."""
+    source = GOLDEN / "deepseek_v3"
+    own: dict[str, Any] = LORA | {"lora_targets": ("*", "head")} | more
+
+    def run(name: str, mesh: str, steps: int, **train: Any) -> RunConfig:
+        sections = {"train": {"init_from": str(source), "steps": steps, "batch_size": 16} | train}
+        sections |= {"run": {"name": name}, "optimizer": {"learning_rate": 0.05, "min_lr_ratio": 1.0}}
+        return run_of(replace(read_hub_model(source).config, **own), text, mesh=mesh, **sections)
+
+    one, cut = run("one", "data=8", 4), run("cut", "data=2,expert=4", 2)
+    went_on = run("cut", "expert=2,tensor=2,pipe=2", 4)
+    _train_both(one, cut, went_on)
+    with Checkpoints(went_on.run_folder) as checkpoints:
+        state = checkpoints.restore(setup_of(one))
+    seal = SaveReader(folder=run_saves(one.run_folder)).require_newest()
+    saved = {path: np.prod(shape) for path, (_, shape, _) in seal.arrays.items() if path.startswith("params.")}
+    assert sum(saved.values()) == param_counts(one.model).trained
+    assert any(".head.lora_b" in path for path in saved)
+    merged, tokens = load_model(went_on.run_folder), jnp.arange(12)[None] % 61
+    assert merged.config.lora_rank == 0
+    np.testing.assert_allclose(merged(tokens), _unmerged(one, state)(tokens), atol=5e-5)

@@ -20,7 +20,8 @@ from ...hub.peft.read import is_peft_folder, open_adapters, read_adapters
 from ...hub.read import open_weights
 from ...hub.run_params import is_run_folder
 from ...layers import Transformer
-from ...layers.lora.check_config import lora_scale, lora_targets
+from ...layers.lora.check_config import lora_scale
+from ...layers.lora.linears import adapted_names
 from ...meshes import ConfigError
 from ...meshes.processes.messages import text_of_first
 from ..run_folder import Start
@@ -105,13 +106,13 @@ def _first_adapters(setup: Setup, shapes: Any) -> Any:
     there, adapters = read_adapters(
         open_adapters(folder), without_lora(config), FrozenKernels(without_adapters(shapes)).plain
     )
-    compared = {"rank": lambda m: m.lora_rank, "scale": lora_scale, "targets": lora_targets}
+    compared = {"rank": lambda m: m.lora_rank, "scale": lora_scale, "targets": adapted_names}
     for name, value in (compared | {"magnitude": lambda m: m.lora_magnitude}).items():
         if value(config) != value(there):
             raise ConfigError(
                 f"train.init_from={source!r} has adapters of {name} {value(there)}, and this config {value(config)}.",
                 fix=f"set model.lora_rank={there.lora_rank}, model.lora_alpha={there.lora_alpha:g}, "
-                f"model.lora_targets={list(lora_targets(there))}, model.lora_magnitude={there.lora_magnitude!r}.",
+                f"model.lora_targets={list(adapted_names(there))}, model.lora_magnitude={there.lora_magnitude!r}.",
             )
     return adapters
 

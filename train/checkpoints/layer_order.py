@@ -188,8 +188,10 @@ class LayerOrder:
         return replace(map_params(merge, own), health=replace(own.health, halted=None))
 
     def _merge_shared_sharding(self, path: Any, sharding: NamedSharding) -> NamedSharding:
-        shape = (self._num_words, self.setup.config.model.hidden_size)
-        return whole_words_sharding(sharding, shape) if is_table(path) else sharding
+        if not is_table(path):
+            return sharding
+        leaf = dict(jax.tree_util.tree_leaves_with_path(self.setup.model.params.shared))[path]
+        return whole_words_sharding(sharding, (self._num_words, *leaf.shape[1:]))
 
     def _merge_sharding(self, sharding: NamedSharding, leaf: jax.ShapeDtypeStruct, num_layers: int) -> NamedSharding:
         # [chunks, ranks@pipe, layers, D, F@tensor] becomes [L@pipe, D, F@tensor].

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from ...layers import param_counts
-from ...layers.lora.check_config import lora_targets
+from ...layers.lora.linears import adapted_names
 from ...layers.own.counts import tell_counts
 from ...meshes import RunError, ScheduleError, sharding_table
 from ...meshes.arguments import check_count
@@ -131,10 +131,10 @@ def _tell_own(setup: Setup, *, width: int | None) -> str:
 def _tell_adapters(setup: Setup) -> str:
     """Return a line with the number of parameters that are trained, "" where all are."""
     model = setup.config.model
-    counts, names = param_counts(model), ", ".join(lora_targets(model))
-    if not counts.adapters:
+    counts, names = param_counts(model), ", ".join(adapted_names(model))
+    if not model.lora_rank:
         return ""
-    share = f"{counts.adapters:,} of {counts.total:,} parameters ({counts.adapters / counts.total:.2%}) are trained"
+    share = f"{counts.trained:,} of {counts.total:,} parameters ({counts.trained / counts.total:.2%}) are trained"
     kind = "adapters and magnitudes" if model.lora_magnitude == "on" else "adapters"
     return f"\n{share}: {kind} of rank {model.lora_rank} on {names}"
 

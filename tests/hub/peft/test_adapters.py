@@ -9,19 +9,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from safetensors.numpy import load_file, save_file
 from trellax.hub import load_model
-from trellax.hub.adapters import adapter_shapes, merge_adapters
+from trellax.hub.adapters import adapter_shapes, join_adapters, merge_adapters
 from trellax.hub.config import read_hub_model
+from trellax.hub.peft.names import adapted_layers, tensor_ends
 from trellax.hub.peft.read import open_adapters, read_adapters
-from trellax.hub.peft.write import write_adapters
+from trellax.hub.peft.write import tensors_of, write_adapters
 from trellax.hub.read import read_weights
-from trellax.layers import ModelConfig
+from trellax.layers import ModelConfig, Transformer
+from trellax.layers.lora.linears import adapted_names
 from trellax.meshes import WeightsError
 
 from ..hub import GOLDEN, shapes_of
 
-BASE = GOLDEN / "llama3"
+BASE, MIXED = GOLDEN / "llama3", GOLDEN / "deepseek_v3"
 
 
 Magnitude = Literal["off", "on"]
@@ -32,8 +35,8 @@ def config_with(*targets: str, magnitude: Magnitude = "off") -> ModelConfig:
     return replace(read_hub_model(BASE).config, **own)
 
 
-def random_adapters(config: ModelConfig) -> Any:
-    shapes, rng = adapter_shapes(config, shapes_of(BASE)), np.random.default_rng(0)
+def random_adapters(config: ModelConfig, base: Path = BASE) -> Any:
+    shapes, rng = adapter_shapes(config, shapes_of(base)), np.random.default_rng(0)
     return jax.tree.map(lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape) * 0.1, jnp.float32), shapes)
 
 
@@ -66,6 +69,62 @@ def test_merged_kernel_is_what_the_files_say(tmp_path: Path) -> None:
             wanted = kept["blocks"][part][name]["kernel"][layer].T + 6 / 3 * b @ a
             np.testing.assert_allclose(merged["blocks"][part][name]["kernel"][layer].T, wanted, atol=1e-6)
     assert np.array_equal(merged["blocks"]["mlp"]["up"]["kernel"], kept["blocks"]["mlp"]["up"]["kernel"])
+
+
+@pytest.mark.parametrize("magnitude", [pytest.param("off", marks=pytest.mark.slow), "on"])
+def test_model_with_merged_adapters_is_the_model_with_them_beside(magnitude: Magnitude) -> None:
+    """Of all kinds of linear layers: attention from latent vectors, a dense layer, experts, shared ones, the head."""
+    plain = read_hub_model(MIXED).config
+    own: dict[str, Any] = {"lora_rank": 3, "lora_alpha": 6.0, "lora_targets": ("*", "head")}
+    config = replace(plain, **own, lora_magnitude=magnitude)
+    base, adapters = read_weights(MIXED, shapes_of(MIXED)), random_adapters(config, MIXED)
+    tokens = jnp.arange(12)[None] % 61
+    beside = with_params(config, join_adapters(base, adapters))(tokens)
+    fresh = with_params(plain, base)(tokens)
+    merged = with_params(plain, merge_adapters(base, adapters, config=config))(tokens)
+    assert jnp.abs(merged - fresh).max() > 0.1
+    np.testing.assert_allclose(merged, beside, atol=1e-4)
+
+
+def with_params(config: ModelConfig, params: Any) -> Any:
+    model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
+    nnx.update(model, params)
+    return model
+
+
+@pytest.mark.parametrize("targets", [(), ("attention.*", "experts.down"), ("mlp.shared.up", "head")], ids=str)
+def test_adapters_of_a_mixture_are_read_by_the_names_of_separate_modules(
+    targets: tuple[str, ...], tmp_path: Path
+) -> None:
+    plain = read_hub_model(MIXED).config
+    config = replace(plain, lora_rank=3, lora_alpha=6.0, lora_targets=targets)
+    adapters = random_adapters(config, MIXED)
+    layers = adapted_layers(config)
+    tensors = tensors_of(adapters, layers, tensor_ends(config))
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    values = {"peft_type": "LORA", "r": 3, "lora_alpha": 6.0, "base_model_name_or_path": str(MIXED)}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(values))
+    there, found = read_adapters(open_adapters(tmp_path), plain, shapes_of(MIXED))
+    assert adapted_names(there) == adapted_names(config)
+    jax.tree.map(np.testing.assert_array_equal, found, adapters)
+
+
+@pytest.mark.parametrize(
+    ("targets", "magnitude", "message"),
+    [
+        (("mlp.shared.*",), "off", "mlp.shared.down of a model with experts, whose names PEFT takes"),
+        (("experts.up", "experts.gate"), "off", "mlp.experts.gate, mlp.experts.up alone"),
+        (("experts.*",), "on", "mlp.experts.up with magnitudes"),
+    ],
+)
+def test_adapters_that_peft_does_not_have_are_not_written(
+    targets: tuple[str, ...], magnitude: Magnitude, message: str, tmp_path: Path
+) -> None:
+    plain = read_hub_model(MIXED).config
+    config = replace(plain, lora_rank=3, lora_targets=targets, lora_magnitude=magnitude)
+    with pytest.raises(WeightsError, match=message):
+        write_adapters(random_adapters(config, MIXED), config, tmp_path / "out", base=str(MIXED))
+    assert not (tmp_path / "out").exists()
 
 
 def test_merged_columns_have_the_magnitudes_for_lengths(tmp_path: Path) -> None:

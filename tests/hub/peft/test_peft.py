@@ -1,5 +1,6 @@
 """Compare with the package peft, where it is installed: it loads our adapters and we load its, with equal logits."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from trellax.hub import load_model
+from trellax.hub.config import read_hub_model
+from trellax.hub.peft.write import write_adapters
 
 from ..hub import GOLDEN
-from .test_adapters import BASE, Magnitude, written
+from .test_adapters import BASE, Magnitude, random_adapters, written
 
 peft = pytest.importorskip("peft", reason="needs peft, torch and transformers")
 torch = pytest.importorskip("torch", reason="needs peft, torch and transformers")
@@ -49,6 +52,7 @@ def test_peft_loads_our_adapters_with_the_same_logits(
 def test_we_load_adapters_of_peft_with_the_same_logits(name: str, variant: dict[str, bool], tmp_path: Path) -> None:
     base = transformers.AutoModelForCausalLM.from_pretrained(GOLDEN / name, dtype=torch.float32)
     modules = ["c_fc"] if name == "gpt2" else ["q_proj", "v_proj", "o_proj", "down_proj"]
+    modules += ["lm_head"] if name == "llama3" else []
     options = {"fan_in_fan_out": name == "gpt2", "init_lora_weights": False} | variant
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=modules, task_type="CAUSAL_LM", **options)
     model = peft.get_peft_model(base, config)
@@ -59,3 +63,28 @@ def test_we_load_adapters_of_peft_with_the_same_logits(name: str, variant: dict[
     model.save_pretrained(tmp_path / "out")
     here = load_model(tmp_path / "out", dtype="float32")(jnp.asarray(tokens_of()))
     assert np.abs(logits_of(model.eval(), tokens_of()) - here).max() < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("name", "targets"),
+    [
+        ("llama3", ("query", "head")),
+        ("qwen3_moe", ()),
+        ("mixtral", ()),
+        ("deepseek_v2", ("attention.*", "mlp.experts.*")),
+        ("deepseek_v3", ("query.*", "experts.down")),
+    ],
+)
+def test_peft_loads_our_adapters_of_chosen_layers_with_the_same_logits(
+    name: str, targets: tuple[str, ...], tmp_path: Path
+) -> None:
+    hub = read_hub_model(GOLDEN / name)
+    config = replace(hub.config, lora_rank=3, lora_alpha=6.0, lora_targets=targets)
+    adapters = random_adapters(config, GOLDEN / name)
+    write_adapters(adapters, config, tmp_path / "out", base=str(GOLDEN / name), architecture=hub.architecture)
+    base = transformers.AutoModelForCausalLM.from_pretrained(GOLDEN / name, dtype=torch.float32)
+    plain = logits_of(base, tokens_of())
+    there = logits_of(peft.PeftModel.from_pretrained(base, tmp_path / "out").eval(), tokens_of())
+    here = load_model(tmp_path / "out", dtype="float32")(jnp.asarray(tokens_of()))
+    assert np.abs(there - plain).max() > 10 * TOLERANCE
+    assert np.abs(there - here).max() < TOLERANCE

@@ -55,3 +55,14 @@ def test_device_keeps_its_part(remat: Remat) -> None:
     parts = [split.shard_shape(leaf.shape) for split, leaf in zip(shardings, shapes, strict=True)]
     expected = activation_bytes(config, num_sequences=B, num_tokens=T, tensor=4, remat=remat)
     assert 4 * sum(map(math.prod, parts)) == expected.layer
+
+
+@pytest.mark.parametrize("remat", REMATS)
+@pytest.mark.parametrize("magnitude", ["off", "on"])
+@pytest.mark.parametrize("queries", [0, 16])
+def test_layer_with_adapters_keeps_as_many_bytes(remat: Remat, magnitude: str, queries: int) -> None:
+    config = latents(queries=queries, lora_rank=4, lora_magnitude=magnitude)
+    layer, params = layer_of(config, remat)
+    x: Any = jax.ShapeDtypeStruct((B, T, config.hidden_size), "float32")
+    kept = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in plan_plain(layer, params, x, None).kept)
+    assert kept == activation_bytes(config, num_sequences=B, num_tokens=T, remat=remat).layer

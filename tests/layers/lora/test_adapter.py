@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 from flax import nnx
 from trellax.layers import ColumnLinear, ModelConfig, RowLinear, Transformer, flops_per_token, param_counts
+from trellax.layers.lora.adapter import whole_kernel
 from trellax.layers.lora.check_config import Lora
 from trellax.layers.partitioning import place_model
 from trellax.meshes import MeshSpec, ModelError, build_mesh
 
 SIZES: dict[str, Any] = {"vocab_size": 64, "num_layers": 2, "hidden_size": 32, "num_heads": 4, "num_kv_heads": 2}
+EXPERTS: dict[str, Any] = {"num_experts": 4, "experts_per_token": 2, "expert_size": 24, "shared_size": 16}
+LATENTS: dict[str, Any] = {"num_kv_heads": 4, "latent_size": 12, "query_latent_size": 8, "rope_head_size": 4}
 LLAMA: dict[str, Any] = SIZES | {"mlp": "swiglu", "norm": "rmsnorm", "positions": "rotary", "bias": "off"}
 
 
@@ -46,6 +49,17 @@ def test_magnitudes_are_the_lengths_of_the_columns(kind: Any) -> None:
     np.testing.assert_allclose(grads["lora_b"][...], by_b, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", [ColumnLinear, RowLinear])
+@pytest.mark.parametrize(
+    "how", [{}, {"magnitude": "on"}, pytest.param({"base": "nf4"}, marks=pytest.mark.slow)], ids=str
+)
+def test_whole_kernel_is_what_a_layer_multiplies_by(kind: Any, how: dict[str, Any]) -> None:
+    layer = kind(16, 24, dim="ffn", rngs=nnx.Rngs(0), std=0.3, bias="off", lora=Lora(rank=3, scale=2.0, **how))
+    layer.lora_b[...] = jax.random.normal(jax.random.key(2), (3, 24))
+    x = jax.random.normal(jax.random.key(1), (2, 5, 16))
+    np.testing.assert_allclose(x @ whole_kernel(layer), layer(x), atol=1e-4)
+
+
 def test_kernel_of_a_layer_with_an_adapter_has_no_gradient() -> None:
     layer = ColumnLinear(16, 24, dim="ffn", rngs=nnx.Rngs(0), lora=Lora(rank=3, scale=2.0))
     grads = nnx.grad(lambda layer: layer(jnp.ones((1, 2, 16))).sum())(layer)
@@ -69,9 +83,20 @@ def test_model_with_adapters_is_the_same_split_by_the_compiler(targets: tuple[st
     np.testing.assert_allclose(found, wanted, atol=2e-5)
 
 
-@pytest.mark.parametrize(("targets", "magnitude"), [((), "off"), (("key", "gate"), "off"), ((), "on")])
-def test_counts_are_those_of_the_parameters(targets: tuple[str, ...], magnitude: Any) -> None:
-    config = ModelConfig(**LLAMA, lora_rank=4, lora_targets=targets, lora_magnitude=magnitude)
+@pytest.mark.parametrize(
+    ("more", "targets", "magnitude"),
+    [
+        ({}, (), "off"),
+        ({}, ("key", "gate"), "off"),
+        ({}, (), "on"),
+        (EXPERTS | {"dense_layers": 1}, (), "on"),
+        (EXPERTS | {"dense_layers": 1}, ("mlp.experts.*",), "off"),
+        (EXPERTS | LATENTS, ("*.attention.*", "shared.down"), "on"),
+        ({"embeddings": "untied"}, ("up", "head"), "on"),
+    ],
+)
+def test_counts_are_those_of_the_parameters(more: dict[str, Any], targets: tuple[str, ...], magnitude: Any) -> None:
+    config = ModelConfig(**LLAMA | more, lora_rank=4, lora_targets=targets, lora_magnitude=magnitude)
     leaves = jax.tree_util.tree_leaves_with_path(
         nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))), nnx.Param))
     )
@@ -95,11 +120,7 @@ def test_frozen_weights_have_one_product_in_the_backward() -> None:
         ({"lora_rank": 2, "lora_targets": ("qurey",)}, "Did you mean 'query'"),
         ({"lora_rank": 2, "lora_targets": ["query"]}, "is not a tuple of names"),
         ({"lora_rank": 2, "lora_targets": ("gate",), "mlp": "gelu"}, "mlp='gelu' has none"),
-        ({"lora_rank": 2, "num_experts": 4, "experts_per_token": 2}, "no adapters for a mixture of experts"),
-        (
-            {"lora_rank": 2, "latent_size": 8, "rope_head_size": 4, "num_kv_heads": 4},
-            "no adapters for attention from latent vectors",
-        ),
+        ({"lora_rank": 2, "lora_targets": ("head",)}, "the table of the head is the embedding's"),
     ],
 )
 def test_fields_that_do_not_agree_are_refused(fields: dict[str, Any], message: str) -> None:
