@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,9 @@ from .loop_state import Grads, LoopState, Place, Sums
 from .split_weights.sharded import LayerGather
 
 Index = jax.Array | int
+
+Ahead = Literal["ahead", "in place"]
+"""Whether a layer's parameters are gathered beside the layer before, or where they are used."""
 
 Work = Callable[["Place", Any, Index, Any], Any]
 """What is done with one layer: from its place, parameters, index in the stage and a carry to the next carry."""
@@ -78,11 +81,14 @@ class LayerStack:
         state = read(self.state[place.kind], *place.where)
         return replace(given, info=replace(given.info, index=position, stage=stage, state=state))
 
-    def loop(self, work: Work, carry: Any, *, is_reversed: bool = False) -> Any:
+    def loop(self, work: Work, carry: Any, *, is_reversed: bool = False, gathers: Ahead = "ahead") -> Any:
         """Return work(place, params, index, carry) of all layers, one after another, from the last if reversed.
 
         Gathered parameters of the next layer are in the carry, so that their gather runs beside this layer's products;
         the last layer, which has no next one, stands behind the loop.
+
+        Args:
+            gathers: "in place" for work that reads no gathered parameters: all layers are in the loop.
         """
         if self.kind_counts is not None:
             return self._loop_by_kind(self.kind_counts, work, carry, is_reversed=is_reversed)
@@ -94,7 +100,7 @@ class LayerStack:
         def alone(turn: jax.Array, carry: Any) -> Any:
             return self._run(index_of(turn), work, carry)
 
-        if self.kind_of is not None or not any(self.gathers.values()):
+        if self.kind_of is not None or not any(self.gathers.values()) or gathers == "in place":
             return jax.lax.fori_loop(0, self.count, alone, carry, **unroll)
 
         def beside(turn: Index, both: tuple[Any, Any]) -> tuple[Any, Any]:
@@ -234,4 +240,5 @@ def weight_grad_layers(
         grads = halves[place.kind].weight_grad(params, kept, stack.given(given, index, place))
         return sums.add_layer(grads, place, given.number)
 
-    return replace(state, grads=stack.loop(work, state.grads))
+    # A layer behind the loop would wait for nothing in it, and XLA for CPUs could mix up their sums: see `in_order.py`.
+    return replace(state, grads=stack.loop(work, state.grads, gathers="in place"))
