@@ -115,7 +115,7 @@ class Scope:
         low, high = self.operand(clamp, 0), self.operand(clamp, 2)
         if not isinstance(low, np.ndarray) or not isinstance(high, np.ndarray):
             return None
-        # Scalars: `pipeline/executor/in_order.py` writes clamp(1, x, 1) for XLA, which does not see through it.
+        # Scalars: `layers/in_order.py` writes clamp(1, x, 1) for XLA, which does not see through it.
         if low.ndim == 1 and np.array_equal(low, high):
             return low
         x = self.operand(clamp, 1)

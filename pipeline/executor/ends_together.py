@@ -18,10 +18,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ...layers.in_order import after, next_mark
 from ..lowering.tables import NONE, Turns
 from ..model.protocol import Output
 from .buffers import vary_like
-from .in_order import after, one_more
 from .loop_state import LoopState, Wants, broadcast_slot, put
 from .rank_model import RankModel
 
@@ -31,12 +31,12 @@ def make_first(model: RankModel, state: LoopState, turn: Turns) -> LoopState:
     """Make x[b, ...] for a forward of the first stage, and put it into its slot."""
     x = vary_like(model.run_first(model.at_ends.read(turn.ends.first)), state.activations)
     activations = put(state.activations, x, turn.activations.first)
-    return replace(state, activations=activations, count=one_more(state.count))
+    return replace(state, activations=activations, mark=next_mark(state.mark))
 
 
 def run_first(model: RankModel, state: LoopState, turn: Turns) -> LoopState:
     """Make x for the forward that the tables name, if they name one in this turn."""
-    is_named = after(state.count, turn.ends.first != NONE)
+    is_named = after(state.mark, turn.ends.first != NONE)
     return jax.lax.cond(is_named, lambda state: make_first(model, state, turn), lambda state: state, state)
 
 
@@ -54,12 +54,12 @@ def take_first_back(model: RankModel, state: LoopState, turn: Turns, *, dx: list
     dx = share_dx(model, state, turn) if dx is None else dx
     assert state.grads is not None
     grads = state.grads.add_shared(model.first_grads(given, dx), given.number)
-    return replace(state, grads=grads, count=one_more(state.count))
+    return replace(state, grads=grads, mark=next_mark(state.mark))
 
 
 def run_first_back(model: RankModel, state: LoopState, turn: Turns) -> LoopState:
     """Add the gradients of `first` for the microbatch that the tables name, if they name one in this turn."""
-    is_named = after(state.count, turn.ends.first_back != NONE)
+    is_named = after(state.mark, turn.ends.first_back != NONE)
     return jax.lax.cond(is_named, lambda state: take_first_back(model, state, turn), lambda state: state, state)
 
 
@@ -81,7 +81,7 @@ def make_last(model: RankModel, state: LoopState, turn: Turns, *, y: Any = None,
         return jax.tree.map(lambda leaf: jnp.where(is_counted, vary_like(leaf, state.sums.loss), 0), out)
 
     if wants == "loss":
-        return replace(state, sums=state.sums.add(count(model.run_last(y, given))), count=one_more(state.count))
+        return replace(state, sums=state.sums.add(count(model.run_last(y, given))), mark=next_mark(state.mark))
     out, grads, dy = model.last_and_grads(y, given)
     assert state.grads is not None
     return replace(
@@ -89,11 +89,11 @@ def make_last(model: RankModel, state: LoopState, turn: Turns, *, y: Any = None,
         sums=state.sums.add(count(out)),
         gradients=put(state.gradients, vary_like(dy, state.gradients), turn.gradients.loss),
         grads=state.grads.add_shared(grads, given.number),
-        count=one_more(state.count),
+        mark=next_mark(state.mark),
     )
 
 
 def run_last(model: RankModel, state: LoopState, turn: Turns, *, wants: Wants = "grads") -> LoopState:
     """Add the loss of the microbatch that the tables name, if they name one in this turn."""
     run = partial(make_last, model, turn=turn, wants=wants)
-    return jax.lax.cond(after(state.count, turn.ends.last != NONE), run, lambda state: state, state)
+    return jax.lax.cond(after(state.mark, turn.ends.last != NONE), run, lambda state: state, state)

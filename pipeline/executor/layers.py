@@ -13,11 +13,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from ...layers.in_order import Mark, next_mark, start_mark, zero_after
 from ..model.protocol import Given, Output
 from ..model.stage import Unroll
 from .backward.residuals import LayerVjp
@@ -27,9 +28,6 @@ from .loop_state import Grads, LoopState, Place, Sums
 from .split_weights.sharded import LayerGather
 
 Index = jax.Array | int
-
-Ahead = Literal["ahead", "in place"]
-"""Whether a layer's parameters are gathered beside the layer before, or where they are used."""
 
 Work = Callable[["Place", Any, Index, Any], Any]
 """What is done with one layer: from its place, parameters, index in the stage and a carry to the next carry."""
@@ -81,14 +79,11 @@ class LayerStack:
         state = read(self.state[place.kind], *place.where)
         return replace(given, info=replace(given.info, index=position, stage=stage, state=state))
 
-    def loop(self, work: Work, carry: Any, *, is_reversed: bool = False, gathers: Ahead = "ahead") -> Any:
+    def loop(self, work: Work, carry: Any, *, is_reversed: bool = False) -> Any:
         """Return work(place, params, index, carry) of all layers, one after another, from the last if reversed.
 
         Gathered parameters of the next layer are in the carry, so that their gather runs beside this layer's products;
         the last layer, which has no next one, stands behind the loop.
-
-        Args:
-            gathers: "in place" for work that reads no gathered parameters: all layers are in the loop.
         """
         if self.kind_counts is not None:
             return self._loop_by_kind(self.kind_counts, work, carry, is_reversed=is_reversed)
@@ -100,31 +95,34 @@ class LayerStack:
         def alone(turn: jax.Array, carry: Any) -> Any:
             return self._run(index_of(turn), work, carry)
 
-        if self.kind_of is not None or not any(self.gathers.values()) or gathers == "in place":
+        if self.kind_of is not None or not any(self.gathers.values()):
             return jax.lax.fori_loop(0, self.count, alone, carry, **unroll)
 
-        def beside(turn: Index, both: tuple[Any, Any]) -> tuple[Any, Any]:
-            params, carry = both
+        def beside(turn: Index, carried: tuple[Any, Any, Mark]) -> tuple[Any, Any, Mark]:
+            params, carry, mark = carried
             following = self.params(self._place(index_of(turn + 1)))
-            return following, work(self._place(index_of(turn)), params, index_of(turn), carry)
+            return following, work(self._place(index_of(turn)), params, index_of(turn), carry), next_mark(mark)
 
-        start = self.params(self._place(index_of(0))), carry
-        params, carry = jax.lax.fori_loop(0, self.count - 1, beside, start, **unroll)
-        last = index_of(self.count - 1)
+        start = self.params(self._place(index_of(0))), carry, start_mark()
+        params, carry, mark = jax.lax.fori_loop(0, self.count - 1, beside, start, **unroll)
+        # A weight gradient, or what is recomputed, needs nothing else of the loop.
+        last = index_of(self.count - 1) + zero_after(mark)
         return work(self._place(last), params, last, carry)
 
     def _loop_by_kind(self, counts: dict[str, Index], work: Work, carry: Any, *, is_reversed: bool) -> Any:
         """Return what `loop` does, by a loop for each kind: no layer asks at run time of which kind it is."""
         firsts = dict(zip(counts, accumulate(counts.values(), initial=0), strict=False))
+        both = carry, start_mark()
         for kind, count in reversed(counts.items()) if is_reversed else counts.items():
+            shift = zero_after(both[1])
 
-            def turn(turn: Index, carry: Any, kind: str = kind, count: Index = count) -> Any:
-                index = count - 1 - turn if is_reversed else turn
+            def turn(turn: Index, both: Any, kind: str = kind, count: Index = count, shift: Index = shift) -> Any:
+                index = (count - 1 - turn if is_reversed else turn) + shift
                 place = Place(kind=kind, chunk=self.chunk, index=index)
-                return work(place, self.params(place), firsts[kind] + index, carry)
+                return work(place, self.params(place), firsts[kind] + index, both[0]), next_mark(both[1])
 
-            carry = jax.lax.fori_loop(0, count, turn, carry, **self._unroll(count))
-        return carry
+            both = jax.lax.fori_loop(0, count, turn, both, **self._unroll(count))
+        return both[0]
 
     def _unroll(self, count: Index) -> dict[str, Any]:
         """Return how a loop over so many layers is unrolled."""
@@ -240,5 +238,4 @@ def weight_grad_layers(
         grads = halves[place.kind].weight_grad(params, kept, stack.given(given, index, place))
         return sums.add_layer(grads, place, given.number)
 
-    # A layer behind the loop would wait for nothing in it, and XLA for CPUs could mix up their sums: see `in_order.py`.
-    return replace(state, grads=stack.loop(work, state.grads, gathers="in place"))
+    return replace(state, grads=stack.loop(work, state.grads))

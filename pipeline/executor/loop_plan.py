@@ -13,6 +13,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from ...layers.in_order import start_mark
 from ...meshes.host_memory import to_host
 from ...schedules import Placement
 from ..lowering.tables import Tables, Turns
@@ -21,7 +22,6 @@ from .backward.split_backward import SplitBackward
 from .buffers import empty_buffer, floats_of
 from .enter import Enter
 from .host_residuals import Packing
-from .in_order import start_count
 from .layers import LayerStack
 from .leave import Leave
 from .loop_state import LoopState, Wants
@@ -60,7 +60,7 @@ class LoopPlan:
         slots = tables.num_weight_slots
         weights = {kind: self.fill(own, slots) for kind, own in self.model.chunk_types.items()} if slots else {}
         if self.wants == "loss":
-            return LoopState(sums=sums, activations=activations, weights=weights, count=start_count())
+            return LoopState(sums=sums, activations=activations, weights=weights, mark=start_mark())
         return LoopState(
             sums=sums,
             activations=activations,
@@ -72,7 +72,7 @@ class LoopPlan:
             },
             host=self._start_host(tables),
             grads=self.model.zero_grads(),
-            count=start_count(),
+            mark=start_mark(),
         )
 
     def _start_host(self, tables: Tables) -> dict[str, list[jax.Array]]:

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from ...layers.collectives import gather_slices, split_dim
+from ...layers.in_order import Mark
 from ...meshes.device_axes import mark_varying
 from ..model.protocol import Output
 from .buffers import add, read, write_if
-from .in_order import Count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ class LoopState:
     weights: whole parameters of chunks that were gathered, by kind, leaves [slots, k, ...]; none where the table
         gathers none.
     grads: sums of the gradients of parameters and batch.
-    count: how many conditionals were run, see `in_order.py`; None where none are counted.
+    mark: of the conditionals so far, see `layers/in_order.py`.
     """
 
     sums: Sums
@@ -80,7 +80,7 @@ class LoopState:
     host: dict[str, list[jax.Array]] = field(default_factory=dict)
     weights: dict[str, Any] = field(default_factory=dict)
     grads: "Grads | None" = None
-    count: Count = None
+    mark: Mark = None
 
 
 @jax.tree_util.register_dataclass

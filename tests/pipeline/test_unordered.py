@@ -1,8 +1,12 @@
-"""The finder of collectives that may run at once, on programs written by hand."""
+"""The finder of collectives that may run at once, on programs written by hand, and on steps."""
+
+from typing import Any
 
 import pytest
+from trellax.programs import hlo_text
 from trellax.programs.hlo import HloModule
 
+from .law import pipeline_step, small_model
 from .unordered import find_unordered
 
 PROGRAM = """HloModule step, is_scheduled=true
@@ -59,3 +63,30 @@ def test_a_collective_after_a_loop_has_to_read_what_the_loop_writes(
 ) -> None:
     program = HloModule.parse(PROGRAM.format(read=read, groups=groups, kind=kind))
     assert find_unordered(program) == ([("loop", "last", {"all-reduce"})] if found else [])
+
+
+def test_a_collective_before_a_loop_has_to_be_read_by_it() -> None:
+    # In a program from the compilation cache neither waits for the other.
+    text = PROGRAM.format(read="q", groups=SAME, kind="all-reduce")
+    lines = text.splitlines()
+    (loop,) = (line for line in lines if " while(" in line)
+    after = lines[lines.index(loop) + 1 :]
+    moved = [*lines[: lines.index(loop)], after[2], after[3].replace("ROOT ", ""), loop, *after[:2], *after[4:]]
+    found = find_unordered(HloModule.parse("\n".join(moved).replace("%written =", "ROOT %written =")))
+    assert found == [("last", "loop", {"all-reduce"})]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mesh", "step"),
+    [
+        ("4x1x2", {"schedule": "zb-h1", "shard": "layer"}),
+        ("2x2x2", {"schedule": "zb-h1", "shard": "chunk", "vocab": "split", "sequence": "on"}),
+        ("2x2x2", {"schedule": "1f1b", "shard": "layer", "vocab": "split", "sequence": "on"}),
+    ],
+)
+def test_steps_have_none(mesh: str, step: dict[str, Any]) -> None:
+    config = small_model(style="llama", attention="gqa", embeddings="untied")
+    made = pipeline_step(config, mesh=mesh, num_microbatches=3, num_sequences=24, **step)
+    run: Any = made.run
+    assert find_unordered(HloModule.parse(hlo_text(run.lower(made.params, made.batch).compile()))) == []

@@ -70,7 +70,7 @@ class _Sequence:
     def __init__(self, computation: Computation, walk: Any, found: list[Unordered], num_devices: int) -> None:
         self.computation, self.walk, self.found, self.num_devices = computation, walk, found, num_devices
         self.walked, self.values = Walked(), {}
-        self.nested: dict[str, set[Met]] = {}
+        self.met: dict[str, tuple[set[Met], bool]] = {}
 
     def run(self) -> Walked:
         for name, instruction in self.computation.instructions.items():
@@ -111,8 +111,6 @@ class _Sequence:
             old = [own if own == one else None for own, one in zip(carried, old, strict=True)]
             used += [own for own, one in zip(carried, old, strict=True) if one is None]
         after = self._start(i, used, met)
-        if met:
-            self.nested[i.name] = met
         return _tree(i.type, i.name, after, iter(old))
 
     def _start(self, i: Instruction, used: Sequence[Value], met: set[Met]) -> frozenset[str]:
@@ -120,9 +118,12 @@ class _Sequence:
         self.walked.read |= {value.memory for value in used}
         self.walked.met |= met
         after = frozenset[str]().union(*(value.after for value in used))
-        for name, others in self.nested.items():
-            if name not in after and met & others:
+        is_nested = i.opcode in ("while", "conditional", "call")
+        for name, (others, other_is_nested) in self.met.items():
+            if (is_nested or other_is_nested) and name not in after and met & others:
                 self.found.append(Unordered(name, i.name, frozenset(kind for kind, _ in met & others)))
+        if met:
+            self.met[i.name] = met, is_nested
         return after | {i.name} if met else after
 
 
