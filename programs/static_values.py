@@ -91,6 +91,7 @@ class Scope:
             "tuple": lambda made: _LazyTuple(lambda index: self.operand(made, index)),
             "while": self._finish_loop,
             "conditional": self._choose,
+            "clamp": self._clamp,
             "fusion": self._call_whole,
             "call": self._call_whole,
         }.get(opcode)
@@ -108,6 +109,19 @@ class Scope:
 
     def _compute_element(self, element: Instruction) -> Value:
         return self.element_of(element.operands[0], element.numbers("index")[0])
+
+    def _clamp(self, clamp: Instruction) -> Value:
+        """Evaluate a clamp, whose operands are low, x and high; between equal numbers x need not be known."""
+        low, high = self.operand(clamp, 0), self.operand(clamp, 2)
+        if not isinstance(low, np.ndarray) or not isinstance(high, np.ndarray):
+            return None
+        # Scalars: `layers/in_order.py` writes clamp(1, x, 1) for XLA, which does not see through it.
+        if low.ndim == 1 and np.array_equal(low, high):
+            return low
+        x = self.operand(clamp, 1)
+        if not isinstance(x, np.ndarray) or not isinstance(clamp.type, Array):
+            return None
+        return compute(clamp, clamp.type, low, x, high)
 
     def _finish_loop(self, instruction: Instruction) -> Value:
         loop, trips = self.loop(instruction), instruction.known_trip_count

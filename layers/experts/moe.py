@@ -27,7 +27,7 @@ from ..lora.check_config import lora_of
 from ..mlp import MLP, gate_of
 from ..partitioning import INIT_STD
 from .linear import ExpertLinear, mark_adapters
-from .rounds import Kernels, Room, run_further_rounds, run_round
+from .rounds import Kernels, Room, add_further_rounds, run_round
 from .router import Router, count_tokens, router_loss
 from .slots import order_pairs
 from .summed import is_sum_cheaper, run_own_experts
@@ -146,7 +146,7 @@ class MoE(nnx.Module):
                 # Tokens may be split over the axes that split features.
                 dropped = max_blocks(left, tuple(dict.fromkeys((*features, *tokens))))
             else:
-                y_nD = y_nD + run_further_rounds(*given, order, room)
+                y_nD = add_further_rounds(y_nD, given, order, room)
         return leave_split(y_nD.reshape(x_BTD.shape), features, tokens=tokens), dropped.astype(jnp.float32)
 
     def join(self) -> None:

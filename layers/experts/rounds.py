@@ -18,6 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from ...meshes.device_axes import block_index, manual_axes, mark_varying
 from ...meshes.scopes import RARELY
 from ..collectives import max_blocks
+from ..in_order import held
 from ..mlp import Gate, gelu
 from .slots import Order, Slots, from_rows, round_slots, to_rows
 
@@ -123,28 +124,31 @@ def _add_once(weight: Weight, features: tuple[str, ...]) -> Weight:
     return weight._replace(bias=jnp.where(block_index(features) == 0, bias, jnp.zeros_like(bias)))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def run_further_rounds(x_nD: jax.Array, weights_nk: jax.Array, kernels: Kernels, order: Order, room: Room) -> jax.Array:
-    """Return the sum of `run_round` over all rounds but the first: x[n, D] -> y[n, D], often zeros."""
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def add_further_rounds(
+    y_nD: jax.Array, given: tuple[jax.Array, jax.Array, Kernels], order: Order, room: Room
+) -> jax.Array:
+    """Return y[n, D] of the first round with `run_round` of all others added, often none; given (x, weights, kernels).
+
+    The loop begins with y: on CPUs the sends of all rounds are then in one order (see `../in_order.py`).
+    """
 
     def body(number: jax.Array, y: jax.Array) -> jax.Array:
-        return y + run_round(x_nD, weights_nk, kernels, room.slots(order, number), room)
+        return y + run_round(*given, room.slots(order, number), room)
 
-    like = jax.eval_shape(lambda: run_round(x_nD, weights_nk, kernels, room.slots(order, 1), room))
-    return _loop(order, room, body, like)
+    return _loop(order, room, body, y_nD)[1]
 
 
-def _loop(order: Order, room: Room, body: Callable[[jax.Array, Any], Any], like: Any) -> Any:
-    """Return zeros like a tree, after body(number, tree) of rounds 1, 2, ... while any expert has pairs left."""
+def _loop(order: Order, room: Room, body: Callable[[jax.Array, Any], Any], start: Any) -> tuple[jax.Array, Any]:
+    """Return the number of rounds and, from a tree, body(number, tree) of rounds 1, 2, ... while any has pairs left."""
     num_rounds = max_blocks(-(-order.counts.max() // room.capacity), room.axes)
-    zeros = jax.tree.map(_zeros, like)
 
     def turn(carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
         number, tree = carry
         return number + 1, body(number, tree)
 
     with jax.named_scope(RARELY):
-        return jax.lax.while_loop(lambda carry: carry[0] < num_rounds, turn, (num_rounds * 0 + 1, zeros))[1]
+        return jax.lax.while_loop(lambda carry: carry[0] < num_rounds, turn, (num_rounds * 0 + 1, start))
 
 
 def _zeros(kind: jax.ShapeDtypeStruct) -> jax.Array:
@@ -173,8 +177,9 @@ def _further_backward(room: Room, saved: tuple[Any, ...], grad: jax.Array) -> tu
     def body(number: jax.Array, sums: Any) -> Any:
         return jax.tree.map(jnp.add, sums, pull(number))
 
-    grads = _loop(order, room, body, jax.eval_shape(lambda: pull(1)))
-    return (*grads, jax.tree.map(lambda leaf: np.zeros(leaf.shape, jax.dtypes.float0), order))
+    number, grads = _loop(order, room, body, jax.tree.map(_zeros, jax.eval_shape(lambda: pull(1))))
+    # The backward of the first round waits for those of the others.
+    return (held(grad, until=number), grads, jax.tree.map(lambda leaf: np.zeros(leaf.shape, jax.dtypes.float0), order))
 
 
 def _with_frozen(adapters: Weight, whole: Weight) -> Weight:
@@ -187,10 +192,7 @@ def _map(change: Callable[..., Weight], *kernels: Kernels) -> Kernels:
     return Kernels(**{name: None if own[0] is None else change(*own) for name, own in found.items()})
 
 
-run_further_rounds.defvjp(
-    lambda x, weights, kernels, order, room: (
-        run_further_rounds(x, weights, kernels, order, room),
-        (x, weights, kernels, order),
-    ),
+add_further_rounds.defvjp(
+    lambda y, given, order, room: (add_further_rounds(y, given, order, room), (*given, order)),
     _further_backward,
 )

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from ...meshes.device_axes import block_index, manual_axes, mark_varying, num_manual_blocks, varying_axes
 from ..config import ModelConfig
-from .rounds import Kernels, Room, run_further_rounds, run_round
+from .rounds import Kernels, Room, add_further_rounds, run_round
 from .router import Router
 from .slots import order_pairs
 
@@ -60,5 +60,5 @@ def run_own_experts(
     )
     y_nD = run_round(*given, room.slots(order, 0), room)
     if room.capacity < len(all_nD):
-        y_nD = y_nD + run_further_rounds(*given, order, room)
+        y_nD = add_further_rounds(y_nD, given, order, room)
     return jax.lax.psum_scatter(y_nD, manual, scatter_dimension=0, tiled=True)

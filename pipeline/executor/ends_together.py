@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ...layers.in_order import after, next_mark
 from ..lowering.tables import NONE, Turns
 from ..model.protocol import Output
 from .buffers import vary_like
@@ -29,14 +30,14 @@ from .rank_model import RankModel
 def make_first(model: RankModel, state: LoopState, turn: Turns) -> LoopState:
     """Make x[b, ...] for a forward of the first stage, and put it into its slot."""
     x = vary_like(model.run_first(model.at_ends.read(turn.ends.first)), state.activations)
-    return replace(state, activations=put(state.activations, x, turn.activations.first))
+    activations = put(state.activations, x, turn.activations.first)
+    return replace(state, activations=activations, mark=next_mark(state.mark))
 
 
 def run_first(model: RankModel, state: LoopState, turn: Turns) -> LoopState:
     """Make x for the forward that the tables name, if they name one in this turn."""
-    return jax.lax.cond(
-        turn.ends.first == NONE, lambda state: state, lambda state: make_first(model, state, turn), state
-    )
+    is_named = after(state.mark, turn.ends.first != NONE)
+    return jax.lax.cond(is_named, lambda state: make_first(model, state, turn), lambda state: state, state)
 
 
 @jax.named_scope("first_back")
@@ -52,14 +53,14 @@ def take_first_back(model: RankModel, state: LoopState, turn: Turns, *, dx: list
     given = model.at_ends.read(turn.ends.first_back)
     dx = share_dx(model, state, turn) if dx is None else dx
     assert state.grads is not None
-    return replace(state, grads=state.grads.add_shared(model.first_grads(given, dx), given.number))
+    grads = state.grads.add_shared(model.first_grads(given, dx), given.number)
+    return replace(state, grads=grads, mark=next_mark(state.mark))
 
 
 def run_first_back(model: RankModel, state: LoopState, turn: Turns) -> LoopState:
     """Add the gradients of `first` for the microbatch that the tables name, if they name one in this turn."""
-    return jax.lax.cond(
-        turn.ends.first_back == NONE, lambda state: state, lambda state: take_first_back(model, state, turn), state
-    )
+    is_named = after(state.mark, turn.ends.first_back != NONE)
+    return jax.lax.cond(is_named, lambda state: take_first_back(model, state, turn), lambda state: state, state)
 
 
 @jax.named_scope("last")
@@ -80,7 +81,7 @@ def make_last(model: RankModel, state: LoopState, turn: Turns, *, y: Any = None,
         return jax.tree.map(lambda leaf: jnp.where(is_counted, vary_like(leaf, state.sums.loss), 0), out)
 
     if wants == "loss":
-        return replace(state, sums=state.sums.add(count(model.run_last(y, given))))
+        return replace(state, sums=state.sums.add(count(model.run_last(y, given))), mark=next_mark(state.mark))
     out, grads, dy = model.last_and_grads(y, given)
     assert state.grads is not None
     return replace(
@@ -88,10 +89,11 @@ def make_last(model: RankModel, state: LoopState, turn: Turns, *, y: Any = None,
         sums=state.sums.add(count(out)),
         gradients=put(state.gradients, vary_like(dy, state.gradients), turn.gradients.loss),
         grads=state.grads.add_shared(grads, given.number),
+        mark=next_mark(state.mark),
     )
 
 
 def run_last(model: RankModel, state: LoopState, turn: Turns, *, wants: Wants = "grads") -> LoopState:
     """Add the loss of the microbatch that the tables name, if they name one in this turn."""
     run = partial(make_last, model, turn=turn, wants=wants)
-    return jax.lax.cond(turn.ends.last == NONE, lambda state: state, run, state)
+    return jax.lax.cond(after(state.mark, turn.ends.last != NONE), run, lambda state: state, state)

@@ -28,6 +28,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ...layers.in_order import Mark, after, next_mark
 from ...meshes.device_axes import varying_axes
 from ...meshes.device_kind import is_nvidia
 from ...schedules.placement import Link
@@ -60,10 +61,12 @@ def run_turn(plan: LoopPlan, state: LoopState, turns: Turns) -> tuple[LoopState,
     if is_together and plan.wants == "grads":
         state = run_first_back(plan.model, state, turn)
     for offset, links in plan.placement.links(1).items():
-        state = replace(state, activations=exchange(plan, state.activations, turn.forward[offset], links))
+        activations, mark = exchange(plan, state.activations, turn.forward[offset], links, mark=state.mark)
+        state = replace(state, activations=activations, mark=mark)
     if plan.wants == "grads":
         for offset, links in plan.placement.links(-1).items():
-            state = replace(state, gradients=exchange(plan, state.gradients, turn.backward[offset], links))
+            gradients, mark = exchange(plan, state.gradients, turn.backward[offset], links, mark=state.mark)
+            state = replace(state, gradients=gradients, mark=mark)
     return state, None
 
 
@@ -82,7 +85,8 @@ def _run_action(plan: LoopPlan, state: LoopState, turn: Turns) -> LoopState:
         actions |= {BACKWARD: backward}
     state = gather_weights(plan, state, turn)
     for kind, action in actions.items():
-        state = jax.lax.cond(turn.compute.kind == kind, partial(run_chunk, action, plan), _keep, state, turn)
+        is_its = after(state.mark, turn.compute.kind == kind)
+        state = jax.lax.cond(is_its, partial(run_chunk, action, plan), _keep, state, turn)
     return state
 
 
@@ -91,6 +95,7 @@ def run_chunk(action: Action, plan: LoopPlan, state: LoopState, turn: Turns) -> 
 
     At a constant chunk a product of cuBLASLt reads a layer's weights in place, and adds to a gradient in place.
     """
+    state = replace(state, mark=next_mark(state.mark))
     chunks = range(plan.model.num_chunks)
     if len(chunks) == 1 or not is_nvidia():
         return action(plan, state, turn)
@@ -111,10 +116,13 @@ def gather_weights(plan: LoopPlan, state: LoopState, turn: Turns) -> LoopState:
     slot = turn.weights.gather
 
     @jax.named_scope("gather_chunk")
-    def gather(weights: Any) -> Any:
-        return write(weights, plan.model.gather_chunk(turn.compute.chunk), slot)
+    def gather(both: tuple[Any, Mark]) -> tuple[Any, Mark]:
+        weights, mark = both
+        return write(weights, plan.model.gather_chunk(turn.compute.chunk), slot), next_mark(mark)
 
-    return replace(state, weights=jax.lax.cond(slot != NONE, gather, lambda weights: weights, state.weights))
+    both = state.weights, state.mark
+    weights, mark = jax.lax.cond(after(state.mark, slot != NONE), gather, lambda both: both, both)
+    return replace(state, weights=weights, mark=mark)
 
 
 def _end_actions(state: LoopState) -> LoopState:
@@ -204,11 +212,12 @@ def send(plan: LoopPlan, buffers: Any, transfer: Transfer, links: list[Link]) ->
 
 
 @jax.named_scope("exchange")
-def exchange(plan: LoopPlan, buffers: Any, transfer: Transfer, links: list[Link]) -> Any:
+def exchange(plan: LoopPlan, buffers: Any, transfer: Transfer, links: list[Link], *, mark: Mark) -> tuple[Any, Mark]:
     """Return the buffers [slots, b, ...] after a permute over links, in turns where any rank sends over them."""
 
     # The permute stands in a branch that all ranks take alike: `is_active` is the same on all of them.
-    def run(slots: Any) -> Any:
-        return put(slots, send(plan, slots, transfer, links), transfer.receive)
+    def run(both: tuple[Any, Mark]) -> tuple[Any, Mark]:
+        slots, mark = both
+        return put(slots, send(plan, slots, transfer, links), transfer.receive), next_mark(mark)
 
-    return jax.lax.cond(transfer.is_active == 1, run, lambda slots: slots, buffers)
+    return jax.lax.cond(after(mark, transfer.is_active == 1), run, lambda both: both, (buffers, mark))

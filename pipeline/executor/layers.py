@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ...layers.in_order import Mark, next_mark, start_mark, zero_after
 from ..model.protocol import Given, Output
 from ..model.stage import Unroll
 from .backward.residuals import LayerVjp
@@ -97,28 +98,31 @@ class LayerStack:
         if self.kind_of is not None or not any(self.gathers.values()):
             return jax.lax.fori_loop(0, self.count, alone, carry, **unroll)
 
-        def beside(turn: Index, both: tuple[Any, Any]) -> tuple[Any, Any]:
-            params, carry = both
+        def beside(turn: Index, carried: tuple[Any, Any, Mark]) -> tuple[Any, Any, Mark]:
+            params, carry, mark = carried
             following = self.params(self._place(index_of(turn + 1)))
-            return following, work(self._place(index_of(turn)), params, index_of(turn), carry)
+            return following, work(self._place(index_of(turn)), params, index_of(turn), carry), next_mark(mark)
 
-        start = self.params(self._place(index_of(0))), carry
-        params, carry = jax.lax.fori_loop(0, self.count - 1, beside, start, **unroll)
-        last = index_of(self.count - 1)
+        start = self.params(self._place(index_of(0))), carry, start_mark()
+        params, carry, mark = jax.lax.fori_loop(0, self.count - 1, beside, start, **unroll)
+        # A weight gradient, or what is recomputed, needs nothing else of the loop.
+        last = index_of(self.count - 1) + zero_after(mark)
         return work(self._place(last), params, last, carry)
 
     def _loop_by_kind(self, counts: dict[str, Index], work: Work, carry: Any, *, is_reversed: bool) -> Any:
         """Return what `loop` does, by a loop for each kind: no layer asks at run time of which kind it is."""
         firsts = dict(zip(counts, accumulate(counts.values(), initial=0), strict=False))
+        both = carry, start_mark()
         for kind, count in reversed(counts.items()) if is_reversed else counts.items():
+            shift = zero_after(both[1])
 
-            def turn(turn: Index, carry: Any, kind: str = kind, count: Index = count) -> Any:
-                index = count - 1 - turn if is_reversed else turn
+            def turn(turn: Index, both: Any, kind: str = kind, count: Index = count, shift: Index = shift) -> Any:
+                index = (count - 1 - turn if is_reversed else turn) + shift
                 place = Place(kind=kind, chunk=self.chunk, index=index)
-                return work(place, self.params(place), firsts[kind] + index, carry)
+                return work(place, self.params(place), firsts[kind] + index, both[0]), next_mark(both[1])
 
-            carry = jax.lax.fori_loop(0, count, turn, carry, **self._unroll(count))
-        return carry
+            both = jax.lax.fori_loop(0, count, turn, both, **self._unroll(count))
+        return both[0]
 
     def _unroll(self, count: Index) -> dict[str, Any]:
         """Return how a loop over so many layers is unrolled."""

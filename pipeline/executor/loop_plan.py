@@ -13,6 +13,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from ...layers.in_order import start_mark
 from ...meshes.host_memory import to_host
 from ...schedules import Placement
 from ..lowering.tables import Tables, Turns
@@ -59,7 +60,7 @@ class LoopPlan:
         slots = tables.num_weight_slots
         weights = {kind: self.fill(own, slots) for kind, own in self.model.chunk_types.items()} if slots else {}
         if self.wants == "loss":
-            return LoopState(sums=sums, activations=activations, weights=weights)
+            return LoopState(sums=sums, activations=activations, weights=weights, mark=start_mark())
         return LoopState(
             sums=sums,
             activations=activations,
@@ -71,6 +72,7 @@ class LoopPlan:
             },
             host=self._start_host(tables),
             grads=self.model.zero_grads(),
+            mark=start_mark(),
         )
 
     def _start_host(self, tables: Tables) -> dict[str, list[jax.Array]]:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ...layers.collectives import gather_slices, split_dim
+from ...layers.in_order import Mark
 from ...meshes.device_axes import mark_varying
 from ..model.protocol import Output
 from .buffers import add, read, write_if
@@ -69,6 +70,7 @@ class LoopState:
     weights: whole parameters of chunks that were gathered, by kind, leaves [slots, k, ...]; none where the table
         gathers none.
     grads: sums of the gradients of parameters and batch.
+    mark: of the conditionals so far, see `layers/in_order.py`.
     """
 
     sums: Sums
@@ -78,6 +80,7 @@ class LoopState:
     host: dict[str, list[jax.Array]] = field(default_factory=dict)
     weights: dict[str, Any] = field(default_factory=dict)
     grads: "Grads | None" = None
+    mark: Mark = None
 
 
 @jax.tree_util.register_dataclass

@@ -13,10 +13,13 @@ from trellax.meshes import MeshSpec, ScheduleError, ShardingError, build_mesh
 from trellax.pipeline import PipelineParams, StageFns, pipeline_grads, split_transformer
 from trellax.pipeline.lowering.lower import lower
 from trellax.plan.costs.device_params import block_matrices, vocabulary_params
+from trellax.programs import hlo_text
+from trellax.programs.hlo import HloModule
 from trellax.schedules import Vocab, build_schedule
 
 from ..programs.steps import report_of, setup_of
 from .law import broken, small_model
+from .unordered import find_unordered
 
 TOLERANCE = 2e-5  # as in test_law.py, for the same reason
 
@@ -166,9 +169,11 @@ def test_chunks_are_gathered_in_a_steady_state_too(schedule: str, chunks: int, m
     assert found == {}
 
 
-def _own_model(spec: P, gather: Shard) -> tuple[StageFns, PipelineParams, dict[str, np.ndarray]]:
+def _own_model(
+    spec: P, gather: Shard, *, num_layers: int = 2
+) -> tuple[StageFns, PipelineParams, dict[str, np.ndarray]]:
     rng = np.random.default_rng(0)
-    stages = {"w": jnp.asarray(rng.standard_normal((1, 2, 2, 8, 8)), jnp.float32)}
+    stages = {"w": jnp.asarray(rng.standard_normal((1, 2, num_layers, 8, 8)), jnp.float32)}
     fns = StageFns(
         first=lambda shared, microbatch: microbatch["x"] @ shared["in"],
         layer=lambda params, x, _: jnp.tanh(x @ params["w"]),
@@ -179,6 +184,18 @@ def _own_model(spec: P, gather: Shard) -> tuple[StageFns, PipelineParams, dict[s
     )
     params = PipelineParams(stages=stages, shared={"in": jnp.asarray(rng.standard_normal((8, 8)), jnp.float32)})
     return fns, params, {"x": rng.standard_normal((3, 8, 8)).astype(np.float32)}
+
+
+@pytest.mark.parametrize("schedule", ["zb-h1", pytest.param("1f1b", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("gather", ["layer", pytest.param("chunk", marks=pytest.mark.slow)])
+def test_no_two_collectives_of_a_kind_and_group_can_run_at_once(gather: Shard, schedule: str) -> None:
+    # Of three layers a loop runs two or all; what comes after it might run beside it on CPUs.
+    fns, params, batch = _own_model(P("data"), gather, num_layers=3)
+    mesh, plan = build_mesh(MeshSpec(data=4, pipe=2)), build_schedule(schedule, num_ranks=2, num_microbatches=3)
+    run = jax.jit(lambda p, b: pipeline_grads(fns, params=p, batch=b, mesh=mesh, schedule=plan))
+    program = HloModule.parse(hlo_text(run.lower(params, batch).compile()))
+    assert "reduce-scatter" in {i.opcode for _, i in program.instructions()}
+    assert find_unordered(program) == []
 
 
 @pytest.mark.parametrize("spec", [P("data"), P(None, "data")])
