@@ -15,7 +15,7 @@ _DENSE = "llama3-8b-8gpu"
 _LATENT = "deepseek-v2-lite-8gpu"
 _EXPERTS = "qwen3-30b-a3b-8gpu"
 _ROOT = {"shard": "train", "offload": "train", "batch": "train", "seq": "data", "kind": "optimizer"}
-_MESH = ("data", "tensor", "pipe", "context", "expert", "sequence")
+_MESH = ("data", "tensor", "pipe", "context", "expert", "context_expert", "sequence")
 _PIPELINE = ("schedule", "chunks", "microbatches", "remat", "vocab", "context_attention", "overlap")
 _KEYS = {"train.batch": "train.batch_size", "data.seq": "data.seq_len"}
 
