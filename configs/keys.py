@@ -23,6 +23,7 @@ _MEANINGS = {
     "mesh.pipe": "devices that the layers are split over, as stages",
     "mesh.expert": "devices that the experts of a layer are split over, and the batch too",
     "mesh.context": "devices that the tokens of a sequence are split over, two chunks of each on a device",
+    "mesh.context_expert": "devices that the tokens of a sequence are split over, and the experts too",
     "mesh.sequence": "sequence parallelism: tokens between layers are split over tensor; auto is on where they divide",
     "model.vocab_size": "number of token ids; 256 for bytes",
     "model.num_layers": "number of transformer blocks",

@@ -34,6 +34,7 @@ def layout_of(config: RunConfig, *, num_devices: int) -> Layout:
         pipe=mesh.pipe,
         expert=mesh.expert,
         context=mesh.context,
+        context_expert=mesh.context_expert,
         context_attention="auto" if mesh.context == 1 else _context_attention(config, mesh),
         schedule=pipeline.schedule,
         chunks=pipeline.chunks if mesh.pipe > 1 else 1,

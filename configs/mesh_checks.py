@@ -81,11 +81,16 @@ def _check_experts(model: ModelConfig, mesh: MeshSpec) -> Iterator[TrellaxError]
     """Yield an error unless experts split over the axes of that role."""
     if mesh.expert == 1:
         return
-    over = _keys_of(mesh, *mesh.roles.having("expert"))
+    axes = [axis for axis in mesh.roles.expert if mesh.sizes[axis] > 1]
+    over = _keys_of(mesh, *axes)
     if not model.num_experts:
+        ones = " and ".join(f"mesh.{axis}=1" for axis in axes)
+        roles, own = dict(mesh.roles.roles), {"expert": "mesh.data", "context_expert": "mesh.context"}
+        takers = " and ".join(own[roles[axis]] for axis in axes)
         yield ModelError(
             f"{over}={mesh.expert} splits experts, but model.num_experts=0: the model has none.",
-            fix=f"set {over}=1, which mesh.data may take, or model.num_experts=8 and model.experts_per_token=2, say.",
+            fix=f"set {ones}, whose devices {takers} may take, or model.num_experts=8 and model.experts_per_token=2, "
+            "say.",
         )
     else:
         parts = {"over": over, "parts": mesh.expert, "error": ModelError}
@@ -168,7 +173,7 @@ def _check_noise_scale(config: RunConfig, mesh: MeshSpec) -> Iterator[TrellaxErr
         return
     over = _keys_of(mesh, *mesh.roles.batch)
     if mesh.context * mesh.expert > 1:
-        axes = [*mesh.roles.context, *mesh.roles.having("expert")]
+        axes = [*mesh.roles.context, *mesh.roles.expert]
         axis = next(f"mesh.{axis}" for axis in axes if mesh.sizes[axis] > 1)
         problem, fix = f"with {axis} above 1 no device has that of its own sequences", f"{axis}=1"
     elif mesh.data == 1:

@@ -7,7 +7,7 @@
                             dp = "batch"
                             tp = "tensor"
 
-Each file is a `MeshSpec`. Without roles the keys are data, tensor, pipe and expert, checked like those of any section.
+Each file is a `MeshSpec`. Without roles the keys are those of `DefaultMesh`, checked like those of any section.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -32,6 +32,7 @@ class DefaultMesh:
     pipe: int = 1
     expert: int = 1
     context: int = 1
+    context_expert: int = 1
     sequence: SequenceParallel = "auto"
 
 
@@ -71,9 +72,9 @@ def own_axes(section: Any, words: Iterable[str]) -> list[str]:
 
 
 def rename_axes(sizes: Mapping[str, int], section: Mapping[str, Any]) -> dict[str, int]:
-    """Return the sizes by known name (data, tensor, pipe, expert, context) as sizes of the axes of a section.
+    """Return the sizes by known name, of each of `KNOWN_ROLES`, as sizes of the axes of a section.
 
-    Of several axes with one role the first has them all, and the others one device. An axis for expert or context that
+    Of several axes with one role the first has them all, and the others one device. An axis for experts or context that
     the section lacks is added if it has several devices.
     """
     roles = (read_mesh(section) if own_axes(section, ()) else MeshSpec()).roles
@@ -90,8 +91,8 @@ _OPTION = f"--mesh.{ROLES}."
 
 def _mesh_of(own: DefaultMesh) -> MeshSpec:
     """Return the mesh of these keys; without an axis for expert or context where that has one device."""
-    more = {name: Axis(size, KNOWN_ROLES[name]) for name, size in (("expert", own.expert), ("context", own.context))}
-    axes = {name: axis for name, axis in more.items() if axis.size != 1}
+    sizes = {"expert": own.expert, "context": own.context, "context_expert": own.context_expert}
+    axes = {name: Axis(size, KNOWN_ROLES[name]) for name, size in sizes.items() if size != 1}
     return MeshSpec(data=own.data, tensor=own.tensor, pipe=own.pipe, axes=axes, sequence=own.sequence)
 
 

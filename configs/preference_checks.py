@@ -15,15 +15,15 @@ def find_preference_errors(config: RunConfig, mesh: MeshSpec) -> Iterator[Trella
             "data.source='pairs' trains a model beside its initial weights, and train.init_from is empty.",
             fix="set train.init_from to a Hugging Face or run folder.",
         )
-    size, parts = config.train.batch_size, config.pipeline.microbatches * max(1, mesh.data) * max(1, mesh.expert)
+    size, parts = config.train.batch_size, config.pipeline.microbatches * max(1, mesh.data)
     if size % (2 * parts):
         yield ConfigError(
             f"train.batch_size={size} is {size / parts:g} rows for each microbatch and data shard, of "
             f"{config.pipeline.microbatches} x {parts // config.pipeline.microbatches}; a pair is two of them.",
             fix=f"set train.batch_size={2 * parts * max(1, round(size / parts / 2))}.",
         )
-    off = {
-        "mesh.context": (mesh.context, 1, "a loss of whole answers needs all tokens of a row"),
+    tokens = "a loss of whole answers needs all tokens of a row"
+    off = {f"mesh.{axis}": (mesh.sizes[axis], 1, tokens) for axis in mesh.roles.context} | {
         "model.num_experts": (config.model.num_experts, 0, "routers weigh tokens by a loss of tokens"),
         "data.packing": (config.data.packing, "off", "each row is a sequence of its own"),
         "data.shuffle": (config.data.shuffle, "sequences", "pairs are shuffled"),

@@ -85,7 +85,7 @@ def _rename_mesh(chosen: Mapping[str, Any], *, was: Mapping[str, Any]) -> dict[s
 
 def _list_chosen(layout: Layout) -> Sections:
     return {
-        "mesh": {"expert": 1, "context": 1} | layout.mesh.sizes,
+        "mesh": {"expert": 1, "context": 1, "context_expert": 1} | layout.mesh.sizes,
         "pipeline": {
             "schedule": layout.schedule,
             "chunks": layout.chunks,

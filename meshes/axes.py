@@ -1,11 +1,12 @@
 """Roles of mesh axes: what a mesh axis is for, whatever its name.
 
-    name      role       devices along it hold
-    pipe      pipe       different layers
-    data      batch      different sequences; gradients are summed over it
-    expert    expert     different sequences, and different experts of the same layers
-    context   context    different tokens of the same sequences; gradients are summed over it
-    tensor    tensor     different features of the same layers, and the same activations between layers
+    name            role            devices along it hold
+    pipe            pipe            different layers
+    data            batch           different sequences; gradients are summed over it
+    expert          expert          different sequences, and different experts of the same layers
+    context         context         different tokens of the same sequences; gradients are summed over it
+    context_expert  context_expert  different tokens of the same sequences, and different experts of the same layers
+    tensor          tensor          different features of the same layers, and the same activations between layers
 
 These names have the role of their line. Other names are yours to give, with a role: dp and replica for batch.
 Code asks a role for its axes, `axes.pipe` or `axes.batch`, and names none itself. Read `spec.py` next.
@@ -17,16 +18,21 @@ from typing import Literal
 
 from .errors import MeshError, shown, suggest
 
-Role = Literal["pipe", "batch", "shard", "tensor", "context", "expert"]
+Role = Literal["pipe", "batch", "shard", "tensor", "context", "expert", "context_expert"]
 """The use of a mesh axis."""
 
-ROLE_ORDER: tuple[Role, ...] = ("pipe", "batch", "shard", "expert", "context", "tensor")
+ROLE_ORDER: tuple[Role, ...] = ("pipe", "batch", "shard", "expert", "context", "context_expert", "tensor")
 """Roles from the slowest links to the fastest: devices along a tensor axis are neighbours."""
 
 DEFAULT_ROLES: Mapping[str, Role] = {"data": "batch", "tensor": "tensor", "pipe": "pipe"}
 """The axes that every mesh has, as a mesh is written: data=2 tensor=2 pipe=2."""
 
-KNOWN_ROLES: Mapping[str, Role] = {**DEFAULT_ROLES, "expert": "expert", "context": "context"}
+KNOWN_ROLES: Mapping[str, Role] = {
+    **DEFAULT_ROLES,
+    "expert": "expert",
+    "context": "context",
+    "context_expert": "context_expert",
+}
 """The names that need no role, since they have one."""
 
 ROLES = "roles"
@@ -41,11 +47,17 @@ RESERVED = (ROLES, SEQUENCE)
 _BATCH: tuple[Role, ...] = ("batch", "shard", "expert")
 """Roles along which devices hold different sequences."""
 
-_SUMMED: tuple[Role, ...] = (*_BATCH, "context")
+CONTEXT_ROLES: tuple[Role, ...] = ("context", "context_expert")
+"""Roles along which devices hold different tokens of the same sequences."""
+
+EXPERT_ROLES: tuple[Role, ...] = ("expert", "context_expert")
+"""Roles along which devices hold different experts of the same layers, and different tokens."""
+
+SUMMED_ROLES: tuple[Role, ...] = (*_BATCH, *CONTEXT_ROLES)
 """Roles along which devices hold different tokens, so that loss and gradients are summed over them."""
 
-_KEPT: tuple[Role, ...] = ("batch", "shard", "context")
-"""Roles along which a device may keep a part of a weight that it uses whole."""
+KEPT_ROLES: tuple[Role, ...] = ("batch", "shard", "context")
+"""Roles along which devices hold the same experts and different tokens: gradients of experts are summed over them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,17 +122,22 @@ class MeshAxes:
     @property
     def summed(self) -> tuple[str, ...]:
         """The axes whose devices hold different tokens: loss and gradients are summed over them."""
-        return self.having(*_SUMMED)
+        return self.having(*SUMMED_ROLES)
 
     @property
     def context(self) -> tuple[str, ...]:
         """The axes whose devices hold different tokens of the same sequences."""
-        return self.having("context")
+        return self.having(*CONTEXT_ROLES)
+
+    @property
+    def expert(self) -> tuple[str, ...]:
+        """The axes whose devices hold different experts of the same layers."""
+        return self.having(*EXPERT_ROLES)
 
     @property
     def kept(self) -> tuple[str, ...]:
         """The axes over which weights may be kept split, and gathered for use; gradients are summed over them too."""
-        return self.having(*_KEPT)
+        return self.having(*KEPT_ROLES)
 
     @property
     def tensor(self) -> tuple[str, ...]:

@@ -25,7 +25,7 @@ Dim = str | tuple[str, ...] | None
 """The name of an array dimension, several names where it is those dimensions merged, or None where it has no rule."""
 
 _ROLES: dict[str, Role | None] = {
-    "batch": "batch",  # and over those of experts, which hold other tokens too
+    "batch": "batch",  # and over those of experts, which hold other sequences too
     "tokens": "context",
     "stream_tokens": "context",
     "embed": None,
@@ -82,8 +82,10 @@ class ShardingRules:
 
         Two batch axes split the batch over both. With the default names these are `DEFAULT_RULES`.
         """
-        table = {dim: _as_entry(axes.having(role)) if role else None for dim, role in _ROLES.items()}
-        table["batch"] = _as_entry(axes.batch)
+        # Axes that split experts split sequences or their tokens too.
+        shared: dict[Role, tuple[str, ...]] = {"batch": axes.batch, "context": axes.context, "expert": axes.expert}
+        own = {dim: shared.get(role, axes.having(role)) if role else () for dim, role in _ROLES.items()}
+        table = {dim: _as_entry(names) for dim, names in own.items()}
         return cls(table=tuple(table.items()), mesh_axes=axes)
 
     def replace(self, **axes: Axes) -> "ShardingRules":

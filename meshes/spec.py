@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, cast, get_args
 
 from .arguments import check_choice
-from .axes import DEFAULT_AXES, DEFAULT_ROLES, KNOWN_ROLES, RESERVED, ROLE_ORDER, MeshAxes, Role
+from .axes import CONTEXT_ROLES, DEFAULT_AXES, DEFAULT_ROLES, KNOWN_ROLES, RESERVED, ROLE_ORDER, MeshAxes, Role
 from .errors import MeshError, shown, suggest
 from .numbers import whole_number
 
@@ -120,7 +120,12 @@ class MeshSpec:
     @property
     def expert(self) -> int:
         """Number of parts that experts are split into: devices along all expert axes together."""
-        return math.prod(self.sizes[name] for name in self.roles.having("expert"))
+        return math.prod(self.sizes[name] for name in self.roles.expert)
+
+    @property
+    def context_expert(self) -> int:
+        """Number of context ranks among the devices that experts are split over: those of axes of both uses."""
+        return math.prod(self.sizes[name] for name in self.roles.having("context_expert"))
 
     @property
     def pipe(self) -> int:
@@ -195,8 +200,9 @@ class MeshSpec:
         """
         parts = 2 * self.context
         if self.context > 1 and num_tokens % parts:
+            over = self.label(*CONTEXT_ROLES)
             raise MeshError(
-                f"{self.label('context')}={self.context} cuts a sequence into {parts} chunks, two for each rank, and "
+                f"{over}={self.context} cuts a sequence into {parts} chunks, two for each rank, and "
                 f"{num_tokens} tokens do not divide: {num_tokens} / {parts} = {num_tokens / parts:.2f}.",
                 fix=f"use sequences of {num_tokens // parts * parts or parts} tokens.",
             )

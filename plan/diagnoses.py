@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Literal
 
+from ..meshes.axes import EXPERT_ROLES
 from ..pipeline.model.balance import layer_times
 from .costs.layout import Layout
 from .costs.pipeline_time import find_placement
@@ -139,17 +140,17 @@ def _check_tensor_links(question: TrainQuestion, plan: Plan) -> Iterator[Diagnos
 def _check_expert_links(question: TrainQuestion, plan: Plan) -> Iterator[Diagnosis]:
     """Find experts that are split over several nodes."""
     layout, node = plan.layout, question.topology.devices_per_node
-    span = layout.tensor * layout.context * layout.expert
+    span = layout.expert * layout.expert_stride
     if layout.expert == 1 or plan.step is None or node % span == 0:
         return
-    share = plan.step.tensor_s / plan.time_s
-    otherwise = "expect it: no smaller expert axis fits and is faster."
+    share, over = plan.step.tensor_s / plan.time_s, layout.mesh.label(*EXPERT_ROLES)
+    otherwise = "expect it: no split of the experts within a node fits and is faster."
     suggestion = suggest_faster(question, plan, closer_experts(question, layout), otherwise=otherwise)
     yield Diagnosis(
         name="experts-across-nodes",
         severity="warning",
         number=share,
-        message=f"groups of expert={layout.expert} span nodes of {node}: {share:.0%} of the step waits for collectives "
+        message=f"groups of {over}={layout.expert} span nodes of {node}: {share:.0%} of the step waits for collectives "
         "of the layers",
         fix=suggestion.text,
         change=suggestion.change,
@@ -254,7 +255,8 @@ def _check_data(_: TrainQuestion, plan: Plan) -> Iterator[Diagnosis]:
     if share > _DATA_SHARE:
         layout = plan.layout
         shard = layout.microbatches * layout.sequences
-        shards = f"data={layout.data // layout.expert}" + f" x expert={layout.expert}" * (layout.expert > 1)
+        shards = f"data={layout.data // layout.data_expert}"
+        shards += f" x expert={layout.data_expert}" * (layout.data_expert > 1)
         yield Diagnosis(
             name="batch-too-small",
             severity="warning",

@@ -160,4 +160,5 @@ def _beats(point: Sequence[float], other: Sequence[float]) -> bool:
 
 
 def _mesh_of(layout: Layout) -> tuple[int, ...]:
-    return (layout.data, layout.fsdp, layout.expert, layout.context, layout.tensor, layout.pipe)
+    experts = (layout.expert, layout.context_expert)
+    return (layout.data, layout.fsdp, *experts, layout.context, layout.tensor, layout.pipe)

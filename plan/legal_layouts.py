@@ -55,9 +55,17 @@ def legal_contexts(*, num_devices: int, num_tokens: int) -> tuple[int, ...]:
     return tuple(found)
 
 
-def expert_sizes(model: ModelConfig, *, data: int) -> list[int]:
-    """Return the numbers of data shards that may split the experts; of a dense model 1 alone."""
-    return [parts for parts in _divisors(data) if model.num_experts % parts == 0] if model.num_experts else [1]
+def expert_splits(model: ModelConfig, *, data: int, context: int) -> list[dict[str, Any]]:
+    """Return the fields of layouts whose experts are split over ranks of data x context; of a dense model over none.
+
+    Context ranks are taken first, which are nearer to each other than data shards.
+
+    >>> [one["expert"] for one in expert_splits(model, data=2, context=4)]
+    [1, 2, 4, 8]
+    """
+    sizes = _divisors(data * context) if model.num_experts else [1]
+    splits = [(parts, math.gcd(parts, context)) for parts in sizes if model.num_experts % parts == 0]
+    return [{"expert": parts, "context_expert": near} for parts, near in splits if data % (parts // near) == 0]
 
 
 def device_counts(topology: Topology, *, counts: Literal["few", "powers"] = "few") -> tuple[int, ...]:
@@ -107,8 +115,8 @@ def _layouts_of_mesh(
     over: Any = sizes
     # Not 1: weights gathered once a step take less memory, and send no more.
     splits: list[Any] = [
-        {"zero": zero, "expert": expert}
-        for zero, expert in _splits_of_weights(model, data=sizes["data"], context=sizes["context"])
+        {"zero": zero, **experts}
+        for zero, experts in _splits_of_weights(model, data=sizes["data"], context=sizes["context"])
     ]
     ways = _ways_to_attend(model, tensor=sizes["tensor"], context=sizes["context"])
     for sequences in _divisors(shard):
@@ -129,13 +137,13 @@ def _meshes_of_contexts(model: ModelConfig, *, num_devices: int, contexts: tuple
         yield from legal_meshes(model, num_devices=num_devices, context=context)
 
 
-def _splits_of_weights(model: ModelConfig, *, data: int, context: int) -> Iterator[tuple[ZeroStage, int]]:
-    """Yield how much is split over data, and the devices of data that split the experts."""
-    for expert in expert_sizes(model, data=data):
-        yield 0, expert
-        if data * context > expert:
-            yield 2, expert
-            yield 3, expert
+def _splits_of_weights(model: ModelConfig, *, data: int, context: int) -> Iterator[tuple[ZeroStage, dict[str, Any]]]:
+    """Yield how much is split over data and context, and how the experts are."""
+    for experts in expert_splits(model, data=data, context=context):
+        yield 0, experts
+        if data * context > experts["expert"]:
+            yield 2, experts
+            yield 3, experts
 
 
 def _ways_to_attend(model: ModelConfig, *, tensor: int, context: int) -> list[ContextAttention]:

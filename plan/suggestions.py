@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from ..meshes import MeshSpec
 from .costs.layout import Layout
-from .legal_layouts import expert_sizes, legal_meshes
+from .legal_layouts import expert_splits, legal_meshes
 from .plan import Plan
 from .training_search import TrainQuestion, layout_memory, price_layout
 
@@ -51,7 +51,7 @@ def suggest_smaller(question: TrainQuestion, plan: Plan) -> Suggestion:
     changes = [replace(layout, remat="full")]
     if layout.data * layout.context > 1:
         changes += [replace(layout, zero=zero) for zero in (1, 2, 3) if zero > layout.zero]
-    changes += [replace(layout, expert=parts) for parts in expert_sizes(question.model, data=layout.data)]
+    changes += _with_other_splits(question, layout)
     if layout.sequences > 1:
         changes.append(replace(layout, sequences=1, microbatches=layout.microbatches * layout.sequences))
     meshes = [one for mesh in _meshes(question, layout) for one in _on_mesh(question, layout, mesh)]
@@ -74,11 +74,17 @@ def narrower_tensor(question: TrainQuestion, layout: Layout) -> Iterator[Layout]
 
 
 def closer_experts(question: TrainQuestion, layout: Layout) -> Iterator[Layout]:
-    """Yield this layout with a smaller expert axis whose groups lie within nodes."""
+    """Yield this layout with experts split over as many ranks or fewer, in groups that lie within nodes."""
     node = question.topology.devices_per_node
-    for parts in expert_sizes(question.model, data=layout.data):
-        if parts < layout.expert and node % (layout.tensor * layout.context * parts) == 0:
-            yield replace(layout, expert=parts)
+    for other in _with_other_splits(question, layout):
+        if other.expert <= layout.expert and node % (other.expert * other.expert_stride) == 0:
+            yield other
+
+
+def _with_other_splits(question: TrainQuestion, layout: Layout) -> Iterator[Layout]:
+    """Yield this layout with every split of the experts."""
+    for split in expert_splits(question.model, data=layout.data, context=layout.context):
+        yield replace(layout, **split)
 
 
 def even_pipes(question: TrainQuestion, layout: Layout) -> Iterator[Layout]:
@@ -123,11 +129,12 @@ def _keys(layout: Layout) -> Change:
     """Return the config keys that a layout sets, with their values."""
     stages = layout.layers_per_stage
     return {
-        "mesh.data": layout.data // layout.expert,
-        "mesh.expert": layout.expert,
+        "mesh.data": layout.data // layout.data_expert,
+        "mesh.expert": layout.data_expert,
         "mesh.tensor": layout.tensor,
         "mesh.pipe": layout.pipe,
-        "mesh.context": layout.context,
+        "mesh.context": layout.context // layout.context_expert,
+        "mesh.context_expert": layout.context_expert,
         **({"pipeline.context_attention": layout.context_attention} if layout.context > 1 else {}),
         "pipeline.schedule": layout.schedule,
         "pipeline.chunks": layout.chunks,
@@ -161,18 +168,18 @@ def _meshes(question: TrainQuestion, layout: Layout) -> Iterator[MeshSpec]:
 def _on_mesh(question: TrainQuestion, layout: Layout, mesh: MeshSpec) -> Iterator[Layout]:
     """Yield the layout on another mesh, with as many sequences per microbatch or one; by 1F1B if it must.
 
-    Of a mixture of experts with every size of the expert axis.
+    Of a mixture of experts with every split of the experts.
     """
     shard = question.batch_size // mesh.data
-    choices = itertools.product({math.gcd(layout.sequences, shard), 1}, expert_sizes(question.model, data=mesh.data))
-    for sequences, expert in choices:
+    splits = expert_splits(question.model, data=mesh.data, context=layout.context)
+    for sequences, split in itertools.product({math.gcd(layout.sequences, shard), 1}, splits):
         count = shard // sequences
         keeps = _can_keep(question, layout, mesh, count)
         yield Layout(
             data=mesh.data,
             tensor=mesh.tensor,
             pipe=mesh.pipe,
-            expert=expert,
+            **split,
             context=layout.context,
             context_attention=layout.context_attention if mesh.tensor == layout.tensor else "auto",
             schedule=layout.schedule if keeps else "1f1b",

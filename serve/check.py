@@ -31,12 +31,13 @@ def check_model(
             tokens of a sequence, or a class of the user's has no cache.
     """
     check_count("max_tokens", max_tokens, error=ServeError)
+    others = ", or to expert" if config.num_experts else ""
     for axis in axes.context:
         if sizes[axis] > 1:
             raise ServeError(
                 f"the mesh has {axis}={sizes[axis]}, which splits the tokens of a sequence in training; a server keeps "
                 "each sequence's cache whole.",
-                fix=f"set {axis}=1, and give its devices to data, tensor or pipe.",
+                fix=f"set {axis}=1, and give its devices to data, tensor or pipe{others}.",
             )
     _check_classes(config)
     model_rules(config, sizes, rules=ShardingRules.of(axes))

@@ -15,7 +15,7 @@ _DENSE = "llama3-8b-8gpu"
 _LATENT = "deepseek-v2-lite-8gpu"
 _EXPERTS = "qwen3-30b-a3b-8gpu"
 _ROOT = {"shard": "train", "offload": "train", "batch": "train", "seq": "data", "kind": "optimizer"}
-_MESH = ("data", "tensor", "pipe", "context", "expert", "sequence")
+_MESH = ("data", "tensor", "pipe", "context", "expert", "context_expert", "sequence")
 _PIPELINE = ("schedule", "chunks", "microbatches", "remat", "vocab", "context_attention", "overlap")
 _KEYS = {"train.batch": "train.batch_size", "data.seq": "data.seq_len"}
 
@@ -59,6 +59,7 @@ def _cases(kind: str, config: str, *settings: str) -> list[Case]:
 
 _ALONE = "data=8 tensor=1 pipe=1"
 _DEEP = "tensor=1 pipe=8"
+_LONG = "seq=32768 max_tokens=32768"
 
 CASES: tuple[Case, ...] = (
     *_cases(
@@ -122,6 +123,13 @@ CASES: tuple[Case, ...] = (
         "data=4 expert=2 microbatches=2 num_layers=6",
         "data=1 expert=4 tensor=2 microbatches=4 num_layers=12 shard=step",
         "data=1 expert=4 pipe=2 shard=step microbatches=8 num_layers=12",
+    ),
+    *_cases(
+        "experts, context",
+        _EXPERTS,
+        "data=1 expert=1 context_expert=8 seq=131072 max_tokens=131072 batch=1 num_layers=12",
+        f"data=1 expert=2 context=2 context_expert=2 {_LONG} batch=8 microbatches=2 shard=step remat=dots num_layers=6",
+        f"data=1 expert=1 context_expert=4 tensor=2 {_LONG} batch=4 microbatches=2 shard=step num_layers=6",
     ),
     *_cases(
         "experts, latents",

@@ -95,7 +95,7 @@ def _describe_work(config: RunConfig, args: argparse.Namespace) -> str:
 def _axes(plans: Sequence[Plan]) -> list[str]:
     """Return the axes of all plans' meshes, in one order."""
     named = {axis: None for plan in plans for axis in plan.layout.mesh.sizes}
-    return [axis for axis in ("data", "expert", "context", "tensor", "pipe") if axis in named]
+    return [axis for axis in ("data", "expert", "context", "context_expert", "tensor", "pipe") if axis in named]
 
 
 def _head(plan: Plan, axes: Sequence[str], is_front: bool) -> tuple[str, ...]:

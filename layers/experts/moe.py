@@ -6,10 +6,11 @@
                                                                           | gate, up, down of each expert
        y[B, T, D] <-- weighted sum of a token's rows <-- all-to-all ------+
 
-Devices along an `expert` axis have other tokens, as along data, and each holds E/e of the experts: those of data and
-expert together see the whole batch. No token is left out (`config.expert_overflow="rounds"`): an expert has room for C
-tokens at a time, and where any has more, all devices of the group go through another round. With "drop" tokens beyond
-C pass the layer by, and are counted. Features of an expert are split over tensor as those of `MLP`.
+Devices that split experts have other tokens, of other sequences (axis `expert`) or of the same ones (`context_expert`),
+and each holds E/e of the experts: a group of e devices has all. No token is left out
+(`config.expert_overflow="rounds"`): an expert has room for C tokens at a time, and where any has more, all devices of
+the group go through another round. With "drop" tokens beyond C pass the layer by, and are counted. Features of an
+expert are split over tensor as those of `MLP`.
 """
 
 from dataclasses import dataclass, field

@@ -61,7 +61,7 @@ def split_over_batch(
         def one(path: Any, sharding: NamedSharding, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
             if names is not None and getattr(path[-1], "key", None) not in names:
                 return sharding
-            has_experts = set(axes.having("expert")) & set(mesh_axes_of(sharding.spec))
+            has_experts = set(axes.expert) & set(mesh_axes_of(sharding.spec))
             over = axes.kept if has_experts else axes.summed
             size = math.prod(sharding.mesh.shape[axis] for axis in over)
             spec = split_first_free_dim(sharding.spec, shape=leaf.shape, axis=over, size=size, start=lead)

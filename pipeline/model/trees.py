@@ -40,7 +40,7 @@ def kept_axes(entry: Any, axes: MeshAxes) -> tuple[str, ...]:
     device's own experts, which it uses as they are.
     """
     named = mesh_axes_of(PartitionSpec(entry))
-    is_own = set(named) <= set(axes.having("expert"))
+    is_own = set(named) <= set(axes.expert)
     return () if is_own else tuple(axis for axis in named if axis in axes.summed)
 
 

@@ -171,7 +171,7 @@ def _expert_comm_s(model: ModelConfig, *, size: LayerSize, layout: Layout, topol
     """Return the seconds of one pass's all-to-all over expert, of the rows there and of their results back."""
     if layout.expert == 1 or not model.num_experts:
         return 0.0
-    group = make_group(topology, size=layout.expert, stride=layout.tensor * layout.context)
+    group = make_group(topology, size=layout.expert, stride=layout.expert_stride)
     rows = model.num_experts * model.expert_rows(max(1, round(size.sequences * size.queries)))
     num_bytes = rows * model.hidden_size * item_bytes(model)
     return 2 * collective_time_s("all_to_all", num_bytes=num_bytes, group=group, topology=topology)

@@ -7,6 +7,7 @@ from ...layers import ModelConfig
 from ...layers.context.choice import ContextAttention, Way, choose_context_attention
 from ...meshes import Axis, MeshSpec, PlanError
 from ...meshes.arguments import check_fields
+from ...meshes.axes import Role
 from ...meshes.divisibility import check_divides
 from ...meshes.spec import SHARDS, Offload, Shard
 from ...schedules import Family, find_family
@@ -30,7 +31,8 @@ class Layout:
     Args:
         context: devices that share each sequence.
         context_attention: how they attend to each other's tokens; "auto" is what sends less.
-        expert: data shards that split the experts; a divisor of data.
+        expert: ranks of data x context that split the experts together.
+        context_expert: how many of these are context ranks, the nearest ones; the others are data shards.
         fsdp: data shards that split parameters, gradients and optimizer state too.
         sequences: sequences of one microbatch on one data shard.
         zero: what is split over data: 0 nothing, 1 the optimizer state, 2 parameters too, gathered once a step, 3
@@ -51,6 +53,7 @@ class Layout:
     context_attention: ContextAttention = "auto"
     fsdp: int = 1
     expert: int = 1
+    context_expert: int = 1
     schedule: str = "1f1b"
     chunks: int = 1
     microbatches: int = 1
@@ -64,7 +67,11 @@ class Layout:
 
     def __post_init__(self) -> None:
         check_fields(self, error=PlanError)
-        check_divides("data", self.data, over="expert", parts=self.expert, error=PlanError)
+        of_both, error = self.context_expert, PlanError
+        check_divides("context", self.context, over="context_expert", parts=of_both, error=error)
+        check_divides("expert", self.expert, over="context_expert", parts=of_both, error=error)
+        over = "expert" if of_both == 1 else "expert / context_expert"
+        check_divides("data", self.data, over=over, parts=self.data_expert, error=error)
 
     @property
     def shard(self) -> Shard:
@@ -77,15 +84,26 @@ class Layout:
         return self.fsdp > 1 or self.zero == 3
 
     @property
+    def data_expert(self) -> int:
+        """Data shards among the ranks that split the experts."""
+        return self.expert // self.context_expert
+
+    @property
+    def expert_stride(self) -> int:
+        """Devices from one of a group that splits the experts to the next: as if all were as far apart."""
+        return self.tensor * (self.context // self.context_expert if self.data_expert > 1 else 1)
+
+    @property
     def mesh(self) -> MeshSpec:
-        """The mesh of trellax's axes, with expert and context if those have several devices; data includes fsdp."""
-        more: dict[str, Axis] = {}
-        if self.expert > 1:
-            more["expert"] = Axis(self.expert, role="expert")
-        if self.context > 1:
-            more["context"] = Axis(self.context, role="context")
-        data = self.data // self.expert * self.fsdp
-        return MeshSpec(data=data, tensor=self.tensor, pipe=self.pipe, axes=more)
+        """The mesh of trellax's axes, of experts and context those with several devices; data includes fsdp."""
+        more: dict[Role, int] = {
+            "expert": self.data_expert,
+            "context": self.context // self.context_expert,
+            "context_expert": self.context_expert,
+        }
+        axes: dict[str, Axis] = {role: Axis(size, role=role) for role, size in more.items() if size > 1}
+        data = self.data // self.data_expert * self.fsdp
+        return MeshSpec(data=data, tensor=self.tensor, pipe=self.pipe, axes=axes)
 
     def way_to_attend(self, model: ModelConfig) -> Way:
         """Return how context ranks attend to each other's tokens."""

@@ -31,7 +31,15 @@ class MemoryBounds:
 
     def _state(self, layout: Layout) -> float:
         """Return the bytes of weights, gradients and optimizer state of the rank that has least of them."""
-        mesh = (layout.data, layout.tensor, layout.pipe, layout.context, layout.fsdp, layout.expert)
+        mesh = (
+            layout.data,
+            layout.tensor,
+            layout.pipe,
+            layout.context,
+            layout.fsdp,
+            layout.expert,
+            layout.context_expert,
+        )
         # Room for layers of two kinds depends on the number of stages; else more stages leave the mean as it is.
         chunks = layout.chunks if self.model.dense_layers else 1
         key = (*mesh, layout.zero, layout.offload, chunks)

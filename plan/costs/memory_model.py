@@ -288,8 +288,9 @@ def _split_state(layout: Layout, runtime: Runtime, *, params: float, whole: floa
     Args:
         whole, experts: how many of the parameters are whole on every data shard, and how many are those of experts.
     """
-    # Along expert devices have other experts; theirs are split over what is left of data.
-    apart = replace(layout, data=layout.data // layout.expert, expert=1)
+    # Devices that split experts have others; theirs are split over what is left of data and context.
+    left = {"data": layout.data // layout.data_expert, "context": layout.context // layout.context_expert}
+    apart = replace(layout, **left, expert=1, context_expert=1)
     parts = ((layout, params - whole - experts), (apart, experts), (replace(layout, zero=0), whole))
     found = dict.fromkeys(_state_bytes(layout, runtime), 0.0)
     for own, count in parts:

@@ -29,7 +29,7 @@ from ...layers.experts.kinds import layer_kinds, layers_by_kind
 from ...layers.lora.linears import adapted_of
 from ...meshes import MeshSpec, PlanError
 from ...meshes.arguments import check_fields
-from ...meshes.axes import Role
+from ...meshes.axes import CONTEXT_ROLES, EXPERT_ROLES, KEPT_ROLES, SUMMED_ROLES, Role
 from ...meshes.spec import Shard
 from ...schedules import Placement, Vocab
 from .device_params import block_matrices, block_params, ends_of, expert_matrices, vocabulary_params
@@ -37,12 +37,6 @@ from .held_layers import KindCounts, kinds_of_stages
 
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 _FLOAT32 = 4
-
-_SUMMED: tuple[Role, ...] = ("batch", "shard", "expert", "context")
-"""Roles of the axes over which gradients are summed."""
-
-_SUMMED_OF_EXPERTS: tuple[Role, ...] = ("batch", "shard", "context")
-"""Those of experts, which differ along the axis of that name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,19 +151,19 @@ def explain_ratios(sizes: StepSizes, *, shard: Shard = "none", remat: Remat = "d
         rows = (
             f"expert_capacity={sizes.model.expert_capacity} sends that many rows for each pair of a token and an expert"
         )
-        found.append(f"{mesh.label('expert')}: {rows}, some of them empty.")
+        found.append(f"{mesh.label(*EXPERT_ROLES)}: {rows}, some of them empty.")
     if mesh.tensor > 1 and remat == "full":
         found.append(f"{mesh.label('tensor')}: with remat='full' the backward repeats what the forward has sent.")
     if mesh.context > 1 and sizes.context_attention == "gather":
         again = "the backward gathers keys and values again, to keep those of its own tokens alone"
-        found.append(f"{mesh.label('context')}: {again}; 1.5 times the minimum.")
+        found.append(f"{mesh.label(*CONTEXT_ROLES)}: {again}; 1.5 times the minimum.")
     elif mesh.context > 1 and sizes.context_attention == "gather-once" and remat == "full":
         again = "with remat='full' the forward that the backward repeats gathers keys and values again"
-        found.append(f"{mesh.label('context')}: {again}; 1.5 times the minimum.")
+        found.append(f"{mesh.label(*CONTEXT_ROLES)}: {again}; 1.5 times the minimum.")
     elif mesh.context > 1 and sizes.context_attention == "ulysses" and remat != "none":
         again = f"with remat={remat!r} the backward repeats the exchanges of the forward"
-        found.append(f"{mesh.label('context')}: {again}; 1.5 times the minimum.")
-    over = mesh.label(*_SUMMED)
+        found.append(f"{mesh.label(*CONTEXT_ROLES)}: {again}; 1.5 times the minimum.")
+    over = mesh.label(*SUMMED_ROLES)
     if sizes.shards > 1 and shard in ("chunk", "layer"):
         when = "every microbatch" if shard == "layer" else "each run of microbatches of a chunk"
         found.append(f"{over}: shard={shard!r} gathers weights in {when}, and sums gradients in every microbatch.")
@@ -192,8 +186,8 @@ def _adapter_gradients(sizes: StepSizes, rank: int) -> Iterator[tuple[str, float
         copies = sizes.shards // mesh.expert
         if own[True]:
             sent = _updated(sizes, 0, own[True] / mesh.expert, over=copies)
-            yield mesh.label(*_SUMMED_OF_EXPERTS), num_layers * sent
-        yield mesh.label(*_SUMMED), num_layers * _updated(sizes, 0, own[False], over=sizes.shards)
+            yield mesh.label(*KEPT_ROLES), num_layers * sent
+        yield mesh.label(*SUMMED_ROLES), num_layers * _updated(sizes, 0, own[False], over=sizes.shards)
 
 
 def _gradients(sizes: StepSizes, rank: int) -> Iterator[tuple[str, float]]:
@@ -203,18 +197,21 @@ def _gradients(sizes: StepSizes, rank: int) -> Iterator[tuple[str, float]]:
         yield from _adapter_gradients(sizes, rank)
         return
     for kind, num_layers in sizes.kinds_of(rank):
-        # Experts are summed over data x context alone, all else over expert too.
+        # Experts are summed over the devices that have copies of them, all else over data x context.
         experts = expert_matrices(kind, **split)
         own, matrices = (count(kind, **split) - experts for count in (block_params, block_matrices))
         copies = sizes.shards // mesh.expert
-        yield mesh.label(*_SUMMED_OF_EXPERTS), num_layers * _updated(sizes, experts, 0, over=copies)
+        yield mesh.label(*KEPT_ROLES), num_layers * _updated(sizes, experts, 0, over=copies)
         whole = 0
         if sizes.is_sequence_parallel:
             # Of own = split / t + whole and the parameters of one device, split + whole: norms and biases, say.
             everything = block_params(kind, tensor=1) - expert_matrices(kind, tensor=1)
             whole = (mesh.tensor * own - everything) // (mesh.tensor - 1)
-            yield _sum_whole(sizes, num_layers * whole, *_SUMMED)
-        yield mesh.label(*_SUMMED), num_layers * _updated(sizes, matrices, own - matrices - whole, over=sizes.shards)
+            yield _sum_whole(sizes, num_layers * whole, *SUMMED_ROLES)
+        yield (
+            mesh.label(*SUMMED_ROLES),
+            num_layers * _updated(sizes, matrices, own - matrices - whole, over=sizes.shards),
+        )
 
 
 def _experts(sizes: StepSizes, rank: int) -> Iterator[tuple[str, float]]:
@@ -223,7 +220,7 @@ def _experts(sizes: StepSizes, rank: int) -> Iterator[tuple[str, float]]:
     num_layers = sum(count for kind, count in sizes.kinds_of(rank) if kind.num_experts)
     num_runs = 4 * num_layers * sizes.num_microbatches
     pairs = sizes.boundary * model.experts_per_token
-    yield sizes.mesh.label("expert") if parts > 1 else "expert", num_runs * pairs * (parts - 1) / parts
+    yield sizes.mesh.label(*EXPERT_ROLES) if parts > 1 else "expert", num_runs * pairs * (parts - 1) / parts
 
 
 def _layers(sizes: StepSizes, rank: int) -> Iterator[tuple[str, float]]:
@@ -245,7 +242,7 @@ def _context(sizes: StepSizes, rank: int) -> Iterator[tuple[str, float]]:
     if sizes.context_attention == "ulysses":
         width = (own.query + own.mixed + width) / mesh.context
     once = sizes.tokens * (mesh.context - 1) * width * _ITEM_BYTES[model.dtype]
-    yield mesh.label("context"), 2 * sizes.layers_of(rank) * sizes.num_microbatches * once
+    yield mesh.label(*CONTEXT_ROLES), 2 * sizes.layers_of(rank) * sizes.num_microbatches * once
 
 
 def _hops(sizes: StepSizes, rank: int) -> Iterator[tuple[str, float]]:
@@ -267,16 +264,16 @@ def _vocabulary(sizes: StepSizes, rank: int) -> Iterator[tuple[str, float]]:
     pipe, tensor = mesh.label("pipe"), mesh.label("tensor")
     loss = 3 * sizes.tokens * _FLOAT32 * runs  # maximum, normaliser, target logit
     if is_copied:
-        yield mesh.label("pipe", *_SUMMED), _updated(sizes, table, 0, over=mesh.pipe * sizes.shards)
-        yield _sum_whole(sizes, whole, "pipe", *_SUMMED)
+        yield mesh.label("pipe", *SUMMED_ROLES), _updated(sizes, table, 0, over=mesh.pipe * sizes.shards)
+        yield _sum_whole(sizes, whole, "pipe", *SUMMED_ROLES)
         # x of the embedding and dy of the head, each summed over the slices of the table.
         ends = ends_of(sizes.placed, rank)
         num_sent = sizes.boundary * runs * len(ends) + loss * ("head" in ends)
         yield tensor, num_sent * _all_reduce(mesh.tensor)
         return
     # Run by all ranks together, norm and positions have the same gradient on each.
-    yield mesh.label(*_SUMMED), _updated(sizes, table, 0, over=sizes.shards)
-    yield _sum_whole(sizes, whole, *_SUMMED)
+    yield mesh.label(*SUMMED_ROLES), _updated(sizes, table, 0, over=sizes.shards)
+    yield _sum_whole(sizes, whole, *SUMMED_ROLES)
     # x of the embedding and dy of the head are summed onto one rank, y and dx sent from one rank to all. Each device
     # of a tensor group needs to send its slice alone over pipe; before and after, the group exchanges slices.
     # A frozen embedding needs no dx.

@@ -115,7 +115,7 @@ class StepBounds:
 
     def _update_time(self, layout: Layout, *, ends: Any) -> UpdateTime:
         layers = self._layers_of_first(layout)
-        mesh = (layout.data, layout.tensor, layout.pipe, layout.context, layout.fsdp, layout.expert)
+        mesh = (layout.data, layout.tensor, layout.pipe, layout.context, layout.fsdp, *_of_experts(layout))
         count = layout.microbatches if layout.splits_gradients else 1
         given: dict[str, Any] = {"layout": layout, "runtime": self.runtime}
         # How often chunks are gathered a schedule tells, which is not built here: at least once.
@@ -140,7 +140,12 @@ class StepBounds:
 
 
 def _key_of_layer(layout: Layout) -> tuple[object, ...]:
-    return (layout.tensor, layout.context, layout.context_attention, layout.expert, layout.sequences, layout.remat)
+    context = (layout.context, layout.context_attention)
+    return (layout.tensor, *context, *_of_experts(layout), layout.sequences, layout.remat)
+
+
+def _of_experts(layout: Layout) -> tuple[int, int]:
+    return layout.expert, layout.context_expert
 
 
 def _place(layout: Layout) -> Placement:

@@ -119,7 +119,7 @@ def update_time(
     experts = sum(count * expert_matrices(kind, tensor=layout.tensor, expert=layout.expert) for kind, count in layers)
     is_split = layout.zero > 0 or layout.splits_gradients
     shards = layout.replicas * layout.context if is_split else 1
-    # Along expert devices have other experts: theirs are summed over what is left of data, and context.
+    # Devices that split experts have others: theirs are summed over what is left of data and context.
     group, copies = _groups(layout, runtime, topology)
 
     def time_of(kind: CollectiveKind, bytes_each: float, params: float = trained) -> float:
@@ -158,10 +158,10 @@ def _groups(layout: Layout, runtime: Runtime, topology: Topology) -> tuple[Group
     # Without overlap a node uses one of its network adapters: see `Runtime.shard_overlap`.
     if runtime.shard_overlap == "off" and group.num_nodes > 1:
         group = Group(size=group.size, per_node=1)
-    apart = layout.replicas // layout.expert
-    # Between devices with the same experts lie those with others, but not between context ranks.
-    stride = layout.tensor * (layout.expert if apart > 1 else 1)
-    return group, make_group(topology, size=apart * layout.context, stride=stride)
+    data, context = layout.replicas // layout.data_expert, layout.context // layout.context_expert
+    # Between devices with the same experts lie those with others; between context ranks only those of context.
+    stride = layout.tensor * (layout.expert if data > 1 else layout.context_expert)
+    return group, make_group(topology, size=data * context, stride=stride)
 
 
 def _tied_s(model: ModelConfig, *, layout: Layout, runtime: Runtime, topology: Topology) -> float:

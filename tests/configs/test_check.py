@@ -46,6 +46,11 @@ MISTAKES = {
     "stdlib_with_paths": "--mesh.data=8 --data.paths=a.txt",
     "tokens_over_context": "--mesh.data=1 --mesh.context=8 --data.seq_len=24",
     "tokens_over_context_and_tensor": "--mesh.context=2 --mesh.tensor=4 --data.seq_len=20 --mesh.sequence=on",
+    "experts_of_a_dense_model": "--mesh.data=2 --mesh.expert=2 --mesh.context_expert=2",
+    "experts_over_data_and_context": "--mesh.data=1 --mesh.expert=2 --mesh.context_expert=4 --model.num_experts=4 "
+    "--model.experts_per_token=2",
+    "tokens_over_both_axes": "--mesh.context=2 --mesh.context_expert=4 --data.seq_len=24 --model.num_experts=4 "
+    "--model.experts_per_token=2",
     "heads_over_context": "--mesh.data=1 --mesh.context=8 --pipeline.context_attention=ulysses",
     "packed_ids_without_an_end": "--mesh.data=8 --data.source=tokens --data.packing=on --data.paths=README.md",
     "end_of_bytes": "--mesh.data=8 --data.packing=on --data.end_id=10",

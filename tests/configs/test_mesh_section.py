@@ -202,6 +202,15 @@ def test_plan_writes_experts_and_context_by_the_names_of_the_file(
     assert found.num_devices == layout.num_devices
 
 
+def test_plan_writes_experts_over_context_ranks(folder: Path) -> None:
+    Path("run.toml").write_text("[mesh]\ndata = 8\n" + EXPERTS)
+    layout = Layout(data=2, context=4, expert=4, context_expert=2, microbatches=1, sequences=1)
+    Path("planned.toml").write_text(write_plan("run.toml", layout, header=["planned"]))
+    found = load_config("planned.toml").mesh
+    assert found.sizes == {"data": 1, "expert": 2, "context": 2, "context_expert": 2, "tensor": 1, "pipe": 1}
+    assert (found.data, found.context, found.expert) == (layout.data, layout.context, layout.expert)
+
+
 def test_plan_without_experts_and_context_takes_them_from_the_file(folder: Path) -> None:
     Path("run.toml").write_text("[mesh]\nexpert = 4\ncontext = 2\n" + EXPERTS)
     text = write_plan("run.toml", Layout(data=8, microbatches=1, sequences=1), header=["planned"])

@@ -75,6 +75,17 @@ def test_degrees_count_all_axes_of_a_role() -> None:
     assert (spec.data, spec.tensor, spec.pipe, spec.num_devices) == (6, 10, 7, 420)
 
 
+def test_an_axis_of_both_splits_tokens_and_experts() -> None:
+    spec = MeshSpec.parse("data=2,expert=3,context=5,context_expert=7")
+    assert (spec.data, spec.context, spec.expert, spec.context_expert) == (6, 35, 21, 7)
+    # Gradients of experts are summed over those with copies of them, all else over all.
+    assert spec.roles.kept == ("data", "context")
+    assert spec.roles.summed == ("data", "expert", "context", "context_expert")
+    rules = ShardingRules.of(spec.roles)
+    assert rules.spec(("batch", "tokens")) == P(("data", "expert"), ("context", "context_expert"))
+    assert rules.spec(("experts", "embed", "ffn")) == P(("expert", "context_expert"), None, "tensor")
+
+
 def test_devices_lie_by_role_the_pipe_outermost() -> None:
     own = build_mesh(MeshSpec.parse("tp=2:tensor,pp=2:pipe,dp=2:batch"))
     default = build_mesh(MeshSpec(data=2, tensor=2, pipe=2))

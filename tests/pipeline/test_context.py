@@ -8,7 +8,7 @@ from trellax.layers import ModelConfig, Remat
 from trellax.layers.context.choice import Way
 
 from .law import OnOff, answer_of, beyond, broken, errors_of, pipeline_step, small_model
-from .packed import documents_one_by_one, packed_batch
+from .packed import attended_one_by_one, documents_one_by_one, packed_batch
 
 TOLERANCE = 2e-5  # as in test_law.py, for the same reason
 
@@ -131,4 +131,5 @@ def found_in(case: Case) -> dict[str, float]:
     if case.packed == "off":
         return broken(case.model, tolerance=TOLERANCE, **step)
     actual = answer_of(pipeline_step(case.model, batch=packed_batch(num_sequences), **step))
-    return beyond(errors_of(actual, documents_one_by_one(case.model, num_sequences)), tolerance=TOLERANCE)
+    reference = attended_one_by_one if case.experts == "on" else documents_one_by_one
+    return beyond(errors_of(actual, reference(case.model, num_sequences)), tolerance=TOLERANCE)

@@ -8,6 +8,7 @@ from trellax.commands.inspect_step import step_sizes
 from trellax.layers import ModelConfig, Remat, activation_bytes
 from trellax.layers.context.choice import choose_context_attention
 from trellax.plan.costs.activations import split_backward_bytes
+from trellax.plan.costs.minimum_traffic import minimum_bytes
 from trellax.programs import hlo_text
 
 from ..programs.steps import compiled_step, report_of, setup_of
@@ -114,6 +115,28 @@ def test_gradients_of_experts_are_in_the_minimum_over_context() -> None:
         one for one in report_of("1x1x1", words, "tiny-moe").traffic if one.axis == "context" and one.minimum_bytes
     )
     assert row.bytes == pytest.approx(row.minimum_bytes, rel=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mesh", "over"),
+    [
+        ("--mesh.context_expert 4", "context_expert"),
+        ("--mesh.context 2 --mesh.context_expert 2", "context_expert"),
+        ("--mesh.expert 2 --mesh.context_expert 2 --mesh.context 2", "expert+context_expert"),
+    ],
+)
+def test_tokens_of_a_context_rank_travel_to_experts_and_back(mesh: str, over: str) -> None:
+    """With room for the mean load, and keys that are kept, nothing is sent above the least over any axes."""
+    words = f"{mesh} --pipeline.context_attention gather-once --pipeline.remat none --model.expert_capacity 1.0"
+    setup, report = setup_of("1x1x1", words, "tiny-moe"), report_of("1x1x1", words, "tiny-moe")
+    model, sizes = setup.config.model, setup.sizes
+    pairs = 32 // M // sizes.data * (32 // sizes.context) * model.experts_per_token * model.hidden_size * 4
+    sent = 4 * model.num_layers * M * pairs * (sizes.expert - 1) / sizes.expert
+    assert sent_over(over, report)["all-to-all"] == sent
+    rows = [row for row in report.traffic if row.minimum_bytes]
+    assert {row.axis for row in rows} == set(minimum_bytes(step_sizes(setup)))
+    assert all(row.bytes == pytest.approx(row.minimum_bytes, rel=0.01) for row in rows)
 
 
 def test_a_step_has_no_array_of_all_scores() -> None:

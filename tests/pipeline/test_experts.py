@@ -45,11 +45,15 @@ class Case:
 CASES = (
     Case("expert=2,tensor=2,pipe=2", "1f1b", sequence="on"),
     Case("data=2,expert=2,pipe=2", "zb-h1", 3, capacity=0.4),
-    Case("data=2,expert=2,tensor=2", "1f1b", sequence="on", shard="layer", capacity=0.4),
+    Case("expert=2,context_expert=2,tensor=2", "1f1b", sequence="on", shard="layer", capacity=0.4),
 )
 
 MORE_CASES = (
     Case("2x2x2", "1f1b"),
+    Case("data=2,expert=2,tensor=2", "1f1b", sequence="on", shard="layer", capacity=0.4),
+    Case("context_expert=8", "1f1b", 1, capacity=0.3),
+    Case("context_expert=4,pipe=2", "zb-v", 3, capacity=0.4),
+    Case("context=2,context_expert=2,tensor=2", "1f1b", sequence="on", shard="step", capacity=0.4),
     Case("2x2x2", "zb-h1", 5, sequence="on", shard="layer"),
     Case("1x2x4", "interleaved-1f1b", 4, sequence="on"),
     Case("expert=4,tensor=2", "1f1b", sequence="on", capacity=0.3),

@@ -24,6 +24,8 @@ CASES: tuple[dict[str, Any], ...] = (
     {"mesh": "context=4,tensor=2,pipe=2", "schedule": "interleaved-1f1b", "num_chunks": 2, "packed": "on"},
     {"mesh": "context=2,expert=2,tensor=2,pipe=2", "experts": "on", "sequence": "on"},
     {"mesh": "data=2,context=2,expert=2,pipe=2", "experts": "on", "schedule": "zb-v", "num_chunks": 2},
+    {"mesh": "context=2,context_expert=2,tensor=2,pipe=2", "experts": "on", "sequence": "on", "packed": "on"},
+    {"mesh": "data=2,expert=2,context_expert=2,tensor=2,pipe=2", "experts": "on", "sequence": "on", "shard": "layer"},
     {"mesh": "data=2,context=2,expert=2,tensor=2,pipe=2", "experts": "on", "sequence": "on", "shard": "layer"},
 )
 

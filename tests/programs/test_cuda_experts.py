@@ -20,13 +20,22 @@ SIZES = (
 
 
 @pytest.mark.parametrize(
-    ("mesh", "parts", "sequences"), [("--mesh.expert 8", 8, 2), ("--mesh.expert 4 --mesh.tensor 2", 4, 4)]
+    ("mesh", "axis", "parts", "sequences"),
+    [
+        ("--mesh.expert 8", "expert", 8, 2),
+        ("--mesh.expert 4 --mesh.tensor 2", "expert", 4, 4),
+        # Of 16 sequences a device has an eighth of the tokens.
+        ("--mesh.context_expert 8 --pipeline.context_attention gather", "context_expert", 8, 2),
+        ("--mesh.expert 2 --mesh.context_expert 4", "expert+context_expert", 8, 2),
+    ],
 )
-def test_tokens_travel_to_their_experts_and_back(mesh: str, parts: int, sequences: int, tmp_path: Path) -> None:
+def test_tokens_travel_to_their_experts_and_back(
+    mesh: str, axis: str, parts: int, sequences: int, tmp_path: Path
+) -> None:
     report = inspect(f"tiny-moe h200:8 {mesh} {SIZES}", hlo=str(tmp_path / "step.hlo"))
     traffic = report["traffic"]
     assert isinstance(traffic, list)
-    (sent,) = (row for row in traffic if (row["axis"], row["kind"]) == ("expert", "all-to-all"))
+    (sent,) = (row for row in traffic if (row["axis"], row["kind"]) == (axis, "all-to-all"))
     # b s k h (e - 1) / e bytes in bfloat16 a direction, for 2 microbatches: there and back, forward and backward.
     pairs = sequences * SEQ * CHOSEN * WIDTH * 2
     assert sent["count"] == 4 * LAYERS * 2

@@ -12,7 +12,7 @@ from .models import mesh_of, model_of
 
 CONFIG = model_of("llama", max_tokens=64)
 EXPERTS, SPLIT = model_of("experts", num_heads=16, head_size=4, expert_size=24), MeshSpec.parse("tensor=2,expert=3")
-SEQUENCES = MeshSpec.parse("context=2")
+SEQUENCES, BOTH = MeshSpec.parse("context=2"), MeshSpec.parse("context_expert=2")
 SIZES: dict[str, Any] = {
     "slots": 8,
     "max_tokens": 64,
@@ -55,6 +55,7 @@ MISTAKES: dict[str, Callable[[], Any]] = {
     "heads_over_tensor": lambda: check_model(CONFIG, {"data": 1, "tensor": 3, "pipe": 1}, max_tokens=64),
     "layers_over_pipe": lambda: check_model(CONFIG, {"data": 1, "tensor": 1, "pipe": 5}, max_tokens=64),
     "split_sequences": lambda: check_model(CONFIG, SEQUENCES.sizes, max_tokens=8, axes=SEQUENCES.roles),
+    "split_sequences_and_experts": lambda: check_model(EXPERTS, BOTH.sizes, max_tokens=8, axes=BOTH.roles),
     "experts_of_a_dense_model": lambda: check_model(CONFIG, SPLIT.sizes, max_tokens=8, axes=SPLIT.roles),
     "split_experts": lambda: check_model(EXPERTS, SPLIT.sizes, max_tokens=8, axes=SPLIT.roles),
     "experts_over_tensor": lambda: check_model(EXPERTS, {"data": 1, "tensor": 16, "pipe": 1}, max_tokens=8),

@@ -33,6 +33,7 @@ LAYOUTS = [
     pytest.param("expert=4,tensor=2", "--train.shard layer", marks=pytest.mark.slow),
     pytest.param("data=2,pipe=4", "--pipeline.layers_per_stage 1,2,1,1", marks=pytest.mark.slow),
     pytest.param("context=2,expert=2,pipe=2", "", marks=pytest.mark.slow),
+    pytest.param("expert=2,context_expert=2,pipe=2", "--train.shard layer", marks=pytest.mark.slow),
     pytest.param("expert=2,pipe=2", "--pipeline.schedule zb-v --pipeline.chunks 2", marks=pytest.mark.slow),
     pytest.param("data=2,pipe=2", "--train.offload optimizer", marks=pytest.mark.slow),
 ]
@@ -156,6 +157,7 @@ def test_steps_with_moving_biases_equal_one_device(
     [
         ("expert=2,pipe=2", ""),
         pytest.param("data=2,pipe=4", "--train.offload optimizer", marks=pytest.mark.slow),
+        pytest.param("expert=2,context_expert=2,pipe=2", "--train.shard layer", marks=pytest.mark.slow),
         pytest.param("expert=2,pipe=2", "--pipeline.schedule zb-v --pipeline.chunks 2", marks=pytest.mark.slow),
     ],
 )

@@ -142,7 +142,7 @@ def _make_config(
     model: ModelConfig, spec: MeshSpec, *, seq_len: int | None, batch_size: int, dtype: str | None
 ) -> RunConfig:
     microbatches = spec.pipe
-    rows = microbatches * spec.data * spec.expert
+    rows = microbatches * spec.data
     values: dict[str, Any] = {
         "model": asdict(model) | ({} if dtype is None else {"dtype": dtype}),
         "data": {"source": "tokens", "paths": ["-"], "seq_len": seq_len or min(model.max_tokens, _SEQ_LEN)},

@@ -9,8 +9,9 @@ import jax
 from ...layers import param_counts
 from ...layers.lora.linears import adapted_names
 from ...layers.own.counts import tell_counts
-from ...meshes import RunError, ScheduleError, sharding_table
+from ...meshes import MeshSpec, RunError, ScheduleError, sharding_table
 from ...meshes.arguments import check_count
+from ...meshes.axes import CONTEXT_ROLES, EXPERT_ROLES, KEPT_ROLES, SUMMED_ROLES
 from ...meshes.host_memory import is_in_host_memory
 from ...meshes.notebook import text_html
 from ...meshes.terminal import fold
@@ -99,20 +100,11 @@ def _tell_mesh(setup: Setup) -> str:
     words, rows = setup.config.model.vocab_size, setup.model.params.shared["embed"]["table"].shape[0]
     if rows > words:
         found += f"\n          a vocabulary of {words:,} words, padded to {rows:,} rows that the mesh divides"
-    if sizes.context > 1:
-        own = sizes.tokens_of_rank(setup.config.data.seq_len)
-        how = _CONTEXT_WORDS[setup.context_attention]
-        found += f"\n          sequences over {sizes.label('context')}, {own} tokens on each, in two chunks; {how}"
-    if setup.config.data.packing == "on":
-        found += "\n          several documents in a sequence, attention within each (data.packing)"
-    if _splits_tokens(setup):
-        found += f"\n          tokens between layers over {sizes.label('tensor')} (mesh.sequence)"
-    elif sizes.tensor > 1:
-        found += f"\n          tokens between layers whole on each device of {sizes.label('tensor')} (mesh.sequence)"
+    found += _tell_tokens(setup)
     if sizes.data * sizes.context > 1 and shard != "none":
         how = "for each run of a chunk" if shard == "chunk" else f"by {shard}"
         what = "optimizer state" if shard == "optimizer" else f"weights and optimizer state, gathered {how},"
-        found += f"\n          {what} over {sizes.label('batch', 'shard', 'context')} (train.shard)"
+        found += f"\n          {what} over {_shards(sizes)} (train.shard)"
     if setup.config.train.ema:
         found += f"\n          an average of the weights, {_average_bytes(setup):,} bytes a device (train.ema)"
     if setup.is_offloaded:
@@ -137,6 +129,34 @@ def _tell_adapters(setup: Setup) -> str:
     share = f"{counts.trained:,} of {counts.total:,} parameters ({counts.trained / counts.total:.2%}) are trained"
     kind = "adapters and magnitudes" if model.lora_magnitude == "on" else "adapters"
     return f"\n{share}: {kind} of rank {model.lora_rank} on {names}"
+
+
+def _tell_tokens(setup: Setup) -> str:
+    """Return lines about how tokens and experts are split, and sequences packed; "" if they are not."""
+    sizes, found = setup.sizes, ""
+    if sizes.context > 1:
+        own = sizes.tokens_of_rank(setup.config.data.seq_len)
+        how = _CONTEXT_WORDS[setup.context_attention]
+        found += f"\n          sequences over {sizes.label(*CONTEXT_ROLES)}, {own} tokens on each, in two chunks; {how}"
+    if sizes.expert > 1:
+        num_experts = setup.config.model.num_experts
+        found += f"\n          experts over {sizes.label(*EXPERT_ROLES)}, {num_experts // sizes.expert} on each"
+    if setup.config.data.packing == "on":
+        found += "\n          several documents in a sequence, attention within each (data.packing)"
+    if _splits_tokens(setup):
+        found += f"\n          tokens between layers over {sizes.label('tensor')} (mesh.sequence)"
+    elif sizes.tensor > 1:
+        found += f"\n          tokens between layers whole on each device of {sizes.label('tensor')} (mesh.sequence)"
+    return found
+
+
+def _shards(sizes: MeshSpec) -> str:
+    """Return the axes over which weights are kept split, and those of experts, whose copies are fewer."""
+    over = sizes.label(*SUMMED_ROLES)
+    if sizes.expert == 1:
+        return over
+    has_copies = sizes.data * sizes.context > sizes.expert
+    return f"{over}, those of experts {f'over {sizes.label(*KEPT_ROLES)}' if has_copies else 'no further'}"
 
 
 def _splits_tokens(setup: Setup) -> bool:

@@ -34,7 +34,7 @@ def check_shard_squares(fns: StageFns, mesh: Mesh) -> None:
         ScheduleError: there is one shard, or gradients are never there shard by shard.
     """
     sizes, axes = mesh.shape, fns.axes
-    apart = {axis: sizes.get(axis, 1) for axis in (*axes.context, *axes.having("expert"))}
+    apart = {axis: sizes.get(axis, 1) for axis in (*axes.context, *axes.expert)}
     split = [f"{axis}={size}" for axis, size in apart.items() if size > 1]
     if math.prod(sizes.get(axis, 1) for axis in axes.batch) == 1:
         problem, fix = "one data shard has the gradient of the whole batch, and none of a smaller one", "use two shards"

@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from trellax.commands.cli import main
+from trellax.hub.model_folder import open_model
 from trellax.meshes import MeshSpec
 from trellax.train import evaluate_files, train
-from trellax.train.perplexity.evaluate_files import sum_losses
+from trellax.train.perplexity.evaluate_files import make_setup, sum_losses
 from trellax.train.perplexity.file_tokens import cut_batches
 
 from ...commands.crafted import add_tokenizer
@@ -43,6 +44,15 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for row in range(2):
         write_row(tmp_path / f"{row}.txt", row)
     return Path("model")
+
+
+def test_a_batch_is_rounded_up_to_the_shards_of_the_mesh_once(tmp_path: Path) -> None:
+    """Devices along expert are data shards; they count once."""
+    shutil.copytree(GOLDEN / "mixtral", tmp_path / "model")
+    add_tokenizer(tmp_path / "model")
+    given: dict[str, Any] = {"seq_len": T, "batch_size": 3, "dtype": None}
+    setup = make_setup(open_model(tmp_path / "model"), MeshSpec.parse("expert=2,pipe=2"), **given)
+    assert setup.config.train.batch_size == 4
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ CUTS = [(row, length, count) for row in range(2) for length, count in ((2, 1), (
         ("llama3", "data=1"),
         ("llama3", "data=2,tensor=2,pipe=2"),
         ("gpt2", "context=2,pipe=2"),
-        ("mixtral", "expert=2"),
+        ("mixtral", "context_expert=2"),
         ("qwen3", "tensor=2,pipe=2"),
     ],
 )
