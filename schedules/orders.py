@@ -8,7 +8,7 @@ Read `schedule.py` for what a tick is.
 """
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, chain
 from operator import lt
 
 from ..meshes.errors import ScheduleError
@@ -97,10 +97,9 @@ def fill_ticks(orders: Orders, *, width: int, num_chunks: int, name: str, vocab:
             raise _explain_deadlock(
                 orders, [place - start for place, start in zip(next_of, starts, strict=False)], name
             )
-        for rank, cell in enumerate(cells):
-            next_of[rank] += len(cell)
-            for number in cell:
-                is_done[number] = True
+        next_of = [place + len(cell) for place, cell in zip(next_of, cells, strict=True)]
+        for number in chain(*cells):
+            is_done[number] = True
         ticks.append(tuple(tuple(actions[number] for number in cell) for cell in cells))
     return tuple(ticks)
 

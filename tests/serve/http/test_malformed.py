@@ -112,7 +112,8 @@ def test_an_odd_head_is_refused_with_a_sentence(server: Server, content: bytes) 
             assert part, found
             found += part
         status, body = int(found.split()[1]), found.partition(b"\r\n\r\n")[2]
-        check_refusal(status, json.loads(body))
+        # Some are two requests, whose second answer may be there already.
+        check_refusal(status, json.JSONDecoder().raw_decode(body.decode())[0])
 
 
 def test_a_mistake_of_the_server_is_a_500_with_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
