@@ -14,10 +14,10 @@ from ..meshes import ConfigError, MeshError, MeshSpec, ModelError, ScheduleError
 from ..meshes.arguments import check_choice, check_count
 from ..meshes.errors import suggest
 from ..schedules import SCHEDULES, Family
-from .corpus_paths import find_files, find_validation_files
+from .corpora.paths import find_files, find_validation_files
+from .corpora.prepared import is_prepared
 from .mesh_checks import errors_of, find_mesh_errors
 from .preference_checks import find_preference_errors
-from .prepared_tokens import is_prepared
 from .rate_schedules import find_rate_errors
 from .run_config import RunConfig
 

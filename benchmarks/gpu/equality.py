@@ -5,7 +5,7 @@ Command:  python benchmarks/gpu/equality.py [--json]
 Small models with random weights, dense and of experts, take the same weights and batches to both devices: losses and
 gradient norms of five steps in float32 with exact products (relative 2e-5 at the first step, whose weights are equal;
 1e-3 at later ones, since AdamW divides small gradients by their size), in bfloat16 (2e-2, its rounding), and greedy
-answers of 48 tokens in float32, which must be identical. The exit code is 1 if anything is further apart.
+answers of up to 48 tokens in float32, which must be identical. The exit code is 1 if anything is further apart.
 """
 
 import sys

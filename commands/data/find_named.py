@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from ...configs.corpus_paths import find_files
+from ...configs.corpora.paths import find_files
 from ...meshes import DataError
 
 

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
-from trellax.configs.corpus_paths import find_files
+from trellax.configs.corpora.paths import find_files
 from trellax.meshes import DataError
 
 

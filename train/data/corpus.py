@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ...configs.corpus_paths import find_files, of_validation
-from ...configs.prepared_tokens import read_prepared
+from ...configs.corpora.paths import find_files, of_validation
+from ...configs.corpora.prepared import read_prepared
 from ...configs.run_config import DataSection
 from ...hub.tokenized_text import tokenize
 from ...hub.tokenizer import ModelTokenizer, load_tokenizer

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ...configs.prepared_tokens import PreparedTokens, is_prepared
+from ...configs.corpora.prepared import PreparedTokens, is_prepared
 from ...configs.run_config import DataSection
 from ...hub.tokenizer import TOKENIZER
 from ...meshes import DataError

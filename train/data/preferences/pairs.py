@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ....configs.corpus_paths import find_files
+from ....configs.corpora.paths import find_files
 from ....configs.run_config import DataSection
 from ....hub.chat.answers import DamagedChatError
 from ....hub.chat.preferences import encode_answers

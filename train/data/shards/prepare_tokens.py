@@ -1,7 +1,7 @@
 """Tokenize a corpus once into a folder of memory-mapped shards with an index, in parallel, and go on after a stop.
 
 The shards and their order follow from the files alone, not from the number of processes. `../../../configs/
-prepared_tokens.py` has the layout of the folder.
+corpora/prepared.py` has the layout of the folder.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ....configs.prepared_tokens import FORMAT, INDEX, JOB, read_object
+from ....configs.corpora.prepared import FORMAT, INDEX, JOB, read_object
 from ....hub.tokenizer import load_tokenizer
 from ....hub.tokenizer_files import keep_tokenizer
 from ....meshes import DataError

@@ -1,7 +1,7 @@
 """Find the files of `data.paths`, given by paths and by globs.
 
 `**` visits each folder once, however many links lead to it. With two links to a parent folder inside it, the `glob`
-module would follow 2**40 paths. `../train/data/corpus_files.py` checks what is in the files.
+module would follow 2**40 paths. `../../train/data/corpus_files.py` checks what is in the files.
 """
 
 import glob
@@ -9,10 +9,10 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ..meshes import DataError
-from ..meshes.errors import shown, suggest
-from ..meshes.files.regular_file import name_kind
-from .corpus_folders import find_folder_files
+from ...meshes import DataError
+from ...meshes.errors import shown, suggest
+from ...meshes.files.regular_file import name_kind
+from .folders import find_folder_files
 
 
 def find_files(paths: Sequence[str]) -> list[Path]:

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from ..meshes import DataError
-from ..meshes.errors import shown
-from .prepared_tokens import read_object, read_prepared
+from ...meshes import DataError
+from ...meshes.errors import shown
+from .prepared import read_object, read_prepared
 
 
 def find_folder_files(folder: Path) -> list[Path] | None:

@@ -6,7 +6,7 @@
     documents-00000.npy   int64: place in the shard of the last token of each document
     tokenizer.json        unless tokens are bytes
 
-`../train/data/shards/` writes it.
+`../../train/data/shards/` writes it.
 """
 
 import json
@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..meshes import DataError
-from ..meshes.errors import shown
-from ..meshes.files.regular_file import read_bounded
+from ...meshes import DataError
+from ...meshes.errors import shown
+from ...meshes.files.regular_file import read_bounded
 
 INDEX, JOB = "index.json", "job.json"
 """Names of the index, and of the file that says what an unfinished folder will hold."""

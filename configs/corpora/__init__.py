@@ -1,0 +1,1 @@
+"""What `data.paths` names: files, folders and globs, and the index of prepared tokens. Start reading at `paths.py`."""
