@@ -29,11 +29,10 @@ import jax
 import jax.numpy as jnp
 
 from ...layers.in_order import Mark, after, next_mark
-from ...meshes.device_axes import varying_axes
 from ...meshes.device_kind import is_nvidia
 from ...schedules.placement import Link
 from ..lowering.tables import BACKWARD, FORWARD, INPUT_GRAD, NONE, WEIGHT_GRAD, Transfer, Turns
-from .buffers import read, type_like, write
+from .buffers import hold, read, type_like, write
 from .ends_together import run_first, run_first_back, run_last
 from .host_residuals import finish_copies, start_loading, without_host
 from .layers import backward_layers, forward_layers, input_grad_layers, run_layers, weight_grad_layers
@@ -142,15 +141,6 @@ def _end_actions(state: LoopState) -> LoopState:
     (activations, gradients), sums[place] = hold((state.activations, state.gradients), until=sums[place])
     grads = replace(state.grads, stages=jax.tree.unflatten(structure, sums))
     return replace(state, activations=activations, gradients=gradients, grads=grads)
-
-
-def hold(values: Any, *, until: Any) -> tuple[Any, Any]:
-    """Return both, of which XLA for GPUs computes nothing with the values before what is waited for is there too."""
-    # In jax 0.10 a barrier takes values of one type alone. Delete with Python 3.11.
-    is_mixed = len({frozenset(varying_axes(leaf)) for leaf in jax.tree.leaves((values, until))}) > 1
-    if not is_nvidia() or (is_mixed and jax.__version_info__ < (0, 12)):
-        return values, until
-    return jax.lax.optimization_barrier((values, until))
 
 
 # The named scopes tell in profiles and in the compiled program which action an instruction belongs to.

@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 
 from ...meshes.host_memory import to_device, to_host
-from ..lowering.tables import HostSlots
-from .buffers import read, write
-from .loop_state import LoopState, put
+from ..lowering.tables import NONE, HostSlots
+from .buffers import hold, read, write
+from .loop_state import LoopState
 
 Packed = dict[str, list[jax.Array]]
 """Residuals of one microbatch in a stage, by kind, lists of [layers, numbers]."""
@@ -87,12 +87,23 @@ def finish_copies(state: LoopState, arriving: Packed, slots: HostSlots, packings
         # What the first half of a backward adds never leaves the device.
         count = len(packing.kept)
         kept, added = residuals[kind][:count], residuals[kind][count:]
-        leaving = packing.pack(read(kept, jnp.maximum(slots.send, 0)))
+        # They leave before others arrive in the same buffers, of which XLA would keep a copy.
+        kept, leaving = hold(kept, until=packing.pack(read(kept, jnp.maximum(slots.send, 0))))
         # The last slot is for those that copy nothing.
         place = jnp.where(slots.store < 0, host[kind][0].shape[0] - 1, slots.store)
         host[kind] = write(host[kind], jax.tree.map(to_host, leaving), place)
-        residuals[kind] = [*put(kept, packing.unpack(arriving[kind]), slots.receive), *added]
+        residuals[kind] = [*_receive(kept, arriving[kind], slots.receive, packing), *added]
     return replace(state, residuals=residuals, host=host)
+
+
+def _receive(kept: list[jax.Array], arrived: list[jax.Array], slot: jax.Array, packing: Packing) -> list[jax.Array]:
+    """Return the ring's arrays [slots, layers, ...] with residuals that arrived at a slot, if the table has one."""
+
+    # A conditional, since a select between a slot and what arrives would make arrays as large as the slot.
+    def run(kept: list[jax.Array]) -> list[jax.Array]:
+        return write(kept, packing.unpack(arrived), slot)
+
+    return jax.lax.cond(slot != NONE, run, lambda kept: kept, kept)
 
 
 def without_host(state: LoopState) -> tuple[LoopState, Any]:

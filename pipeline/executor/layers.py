@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from ...layers.in_order import Mark, next_mark, start_mark, zero_after
+from ...meshes.device_kind import is_nvidia
 from ..model.protocol import Given, Output
 from ..model.stage import Unroll
 from .backward.residuals import LayerVjp
@@ -176,6 +177,10 @@ def forward_layers(
         return out.x, sums.add(out, place), buffers | {place.kind: [*written, *kept[len(residuals) :]]}
 
     x, sums, residuals = stack.loop(work, (x, state.sums, state.residuals))
+    if is_nvidia() and any(stack.gathers.values()):
+        # The last layer stands behind the loop. XLA would write its residuals anew inside the element-wise kernels of a
+        # backward that reads them, from the buffers as they were before: it kept a copy of those.
+        residuals = jax.tree.map(jax.lax.optimization_barrier, residuals)
     return x, replace(state, sums=sums, residuals=residuals)
 
 

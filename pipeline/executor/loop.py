@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..lowering.tables import Steady, Tables, Transfer, Turns, at_rank
+from .buffers import hold
 from .ends_together import (
     make_first,
     make_last,
@@ -36,7 +37,7 @@ from .ends_together import (
     share_y,
     take_first_back,
 )
-from .execute import backward, forward, gather_weights, hold, run_chunk, run_turn, send
+from .execute import backward, forward, gather_weights, run_chunk, run_turn, send
 from .host_residuals import finish_copies, start_loading, without_host
 from .loop_plan import Bubbles, LoopPlan, plan_loop
 from .loop_state import Grads, LoopState, Sums, Wants, put
