@@ -71,18 +71,21 @@ def format_page(accuracies: Sequence[Accuracy], rankings: Sequence[Ranking]) -> 
         ),
         "## What was fitted\n\nAll other rows are held out.\n\n" + _table(("source", "rows with", "constants"), fitted),
         "## How layouts are ranked\n\nOf every sweep: the measured time of the layout that the planner puts first, "
-        "over the best one measured.\n\n"
+        "over the best one measured. Layouts of a sweep that are measured within 5% of its best are near ties.\n"
+        "Noise is the largest difference between rows of one layout, with the number of layouts that have several.\n\n"
         + _table(
-            ("source", "sweeps", "within 5%", "mean", "worst", "row"),
-            (
-                (one.source, one.groups, one.within, f"{one.mean_regret:+.1%}", f"{one.worst_regret:+.1%}", one.worst)
-                for one in rankings
-            ),
+            ("source", "sweeps", "within 5%", "mean", "worst", "near ties", "noise", "row"),
+            map(_ranking_line, rankings),
         ),
         "## What is not predicted\n\n" + _table(("source", "rows", "reason"), reasons),
         "Why it falls short where it does: `benchmarks/planner/PLANNER.md`.",
     ]
     return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
+
+
+def _ranking_line(one: Ranking) -> tuple[object, ...]:
+    regrets = f"{one.mean_regret:+.1%}", f"{one.worst_regret:+.1%}"
+    return one.source, one.groups, one.within, *regrets, f"{one.near_ties:.1f}", one.noise, one.worst
 
 
 def errors_by_goal(accuracies: Iterable[Accuracy]) -> dict[str, list[RowError]]:

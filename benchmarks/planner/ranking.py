@@ -5,6 +5,7 @@ A sweep is a group of measured rows that differ in their layout alone. Read `acc
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from statistics import mean
 
 from .accuracy import Accuracy, RowError
@@ -17,7 +18,10 @@ _TOLERANCE = 0.05
 class Ranking:
     """Regret in the sweeps of a source: the measured time of the planner's first layout over the best, minus 1.
 
-    `groups` counts sweeps, `within` those with a regret of at most 5%.
+    `groups` counts sweeps, `within` those with a regret of at most 5%. `near_ties` is how many layouts of a sweep are
+    measured within 5% of its best, that one with them, in the mean. `repeats` are the differences between the slowest
+    and the fastest row of layouts that a source measured more than once, as shares of the fastest: less than these a
+    regret means nothing.
     """
 
     source: str
@@ -26,6 +30,13 @@ class Ranking:
     mean_regret: float
     worst_regret: float
     worst: str
+    near_ties: float
+    repeats: Sequence[float]
+
+    @property
+    def noise(self) -> str:
+        """The largest difference between rows of one layout, and of how many layouts."""
+        return f"{max(self.repeats):.1%} ({len(self.repeats)})" if self.repeats else "-"
 
 
 def rank_sweeps(accuracies: Sequence[Accuracy]) -> list[Ranking]:
@@ -34,9 +45,10 @@ def rank_sweeps(accuracies: Sequence[Accuracy]) -> list[Ranking]:
     for one in accuracies:
         if one.quantity != "step_time":
             continue
-        regrets = [_regret(group) for group in _group(one.errors) if len(group) > 1]
-        if not regrets:
+        groups = [group for group in _group(one.errors) if len(group) > 1]
+        if not groups:
             continue
+        regrets = [_regret(group) for group in groups]
         worst, name = max(regrets)
         values = [regret for regret, _ in regrets]
         within = sum(value <= _TOLERANCE for value in values)
@@ -48,6 +60,8 @@ def rank_sweeps(accuracies: Sequence[Accuracy]) -> list[Ranking]:
                 mean_regret=mean(values),
                 worst_regret=worst,
                 worst=name,
+                near_ties=mean(_count_near(group) for group in groups),
+                repeats=list(chain.from_iterable(_repeats(group) for group in groups)),
             )
         )
     return found
@@ -68,3 +82,18 @@ def _regret(group: Sequence[RowError]) -> tuple[float, str]:
     first = min(group, key=lambda error: (error.prediction.predicted, error.prediction.measured))
     best = min(error.prediction.measured for error in group)
     return first.prediction.measured / best - 1, first.row.id
+
+
+def _count_near(group: Sequence[RowError]) -> int:
+    """Return how many rows of a group are measured within the tolerance of its best."""
+    times = [error.prediction.measured for error in group]
+    return sum(time <= (1 + _TOLERANCE) * min(times) for time in times)
+
+
+def _repeats(group: Sequence[RowError]) -> list[float]:
+    """Return slowest over fastest, minus 1, of each layout with more than one row."""
+    times: dict[str, list[float]] = {}
+    for error in group:
+        layout = str(sorted((name, str(value)) for name, value in error.row.inputs.items()))
+        times.setdefault(layout, []).append(error.prediction.measured)
+    return [max(own) / min(own) - 1 for own in times.values() if len(own) > 1]

@@ -104,6 +104,8 @@ def _list_numbers(accuracies: Sequence[Accuracy], rankings: Sequence[Ranking]) -
                 "within_5_percent": ranking.within,
                 "mean_regret": ranking.mean_regret,
                 "worst_regret": ranking.worst_regret,
+                "near_ties": ranking.near_ties,
+                "repeats": list(ranking.repeats),
             }
     return found
 
@@ -114,7 +116,7 @@ def _format_tables(accuracies: Sequence[Accuracy], rankings: Sequence[Ranking]) 
         "errors": align(_list_errors(accuracies), left=(0, 1, 8)),
         "skipped": align(_list_skipped(accuracies), left=(0, 2)),
         "ranking of sweeps: the planner's first layout, measured, over the best one measured": align(
-            _list_rankings(rankings), left=(0, 5)
+            _list_rankings(rankings), left=(0, 7)
         ),
         "fitted on": align(_list_calibration(), left=3),
     }
@@ -140,10 +142,12 @@ def _list_skipped(accuracies: Sequence[Accuracy]) -> Rows:
 
 
 def _list_rankings(rankings: Sequence[Ranking]) -> Rows:
-    rows: Rows = [("source", "groups", "within 5%", "mean", "worst", "row")]
+    rows: Rows = [("source", "groups", "within 5%", "mean", "worst", "near ties", "noise", "row")]
     for one in rankings:
         regrets = (f"{one.mean_regret:+.1%}", f"{one.worst_regret:+.1%}")
-        rows.append((one.source, str(one.groups), str(one.within), *regrets, one.worst))
+        rows.append(
+            (one.source, str(one.groups), str(one.within), *regrets, f"{one.near_ties:.1f}", one.noise, one.worst)
+        )
     return rows
 
 

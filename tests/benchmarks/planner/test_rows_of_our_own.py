@@ -10,6 +10,7 @@ import pytest
 from benchmarks.planner.accuracy import measure_accuracy
 from benchmarks.planner.plan_evidence import format_evidence, list_evidence
 from benchmarks.planner.predictions import predict_row
+from benchmarks.planner.ranking import rank_sweeps
 from benchmarks.planner.rows import PublishedRow, read_published
 from benchmarks.planner.run import main
 from benchmarks.planner.runtime_case import adapter_rank, stated_format
@@ -179,6 +180,20 @@ def test_chunks_that_are_not_stated_skip_an_interleaved_row() -> None:
     inputs: dict[str, object] = {"pp": 2, "dp": 4, "schedule": "interleaved-1f1b", "num_microbatches": 2}
     with pytest.raises(RowSkippedError, match="vpp is not stated"):
         predict_row(row(inputs, {"step_time_s": 1.0}))
+
+
+def test_a_sweep_has_its_regret_near_ties_and_the_noise_of_layouts_measured_twice() -> None:
+    # The planner puts data=8 first, which two rows measured; tensor=8 was 2% faster than the better of these.
+    layouts: list[dict[str, object]] = [{}, {}, {"dp": 1, "tp": 8, "mbs": 16}, {"dp": 1, "pp": 8, "mbs": 1}]
+    rows = [row(one, {"step_time_s": s}) for one, s in zip(layouts, (1.02, 1.08, 1.0, 3.0), strict=True)]
+    (accuracy,) = measure_accuracy({"test": rows})
+    predicted = [error.prediction.predicted for error in accuracy.errors]
+    assert predicted[0] == predicted[1] == min(predicted)
+    (found,) = rank_sweeps([accuracy])
+    assert (found.groups, found.within, found.near_ties) == (1, 1, 2)
+    assert found.worst_regret == pytest.approx(0.02)
+    assert found.repeats == pytest.approx([1.08 / 1.02 - 1])
+    assert found.noise == "5.9% (1)"
 
 
 def test_page_of_evidence_can_be_parsed(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
