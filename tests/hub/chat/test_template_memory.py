@@ -78,12 +78,12 @@ def _traced() -> Iterator[None]:
 @pytest.mark.usefixtures("_traced")
 @pytest.mark.parametrize("source", BOMBS.values(), ids=BOMBS)
 def test_what_a_template_makes_is_bounded(source: str) -> None:
-    start_s = time.monotonic()
+    start_s = time.process_time()
     with pytest.raises(ServeError, match="the model's chat template does not take these messages"):
         ChatTemplate(source, max_seconds=20).render(MESSAGES)
     # What is measured slows it down: the bound is that of memory.
     assert tracemalloc.get_traced_memory()[1] < 1.5 * MAX_BYTES
-    assert time.monotonic() - start_s < 60
+    assert time.process_time() - start_s < 60
 
 
 QUICK = [
