@@ -24,7 +24,7 @@ from ..model.protocol import Given, Output
 from ..model.stage import Unroll
 from .backward.residuals import LayerVjp
 from .backward.split_backward import SplitBackward
-from .buffers import read, vary_like, write
+from .buffers import hold, read, vary_like, write
 from .loop_state import Grads, LoopState, Place, Sums
 from .split_weights.sharded import LayerGather
 
@@ -223,11 +223,13 @@ def input_grad_layers(
         dx, kept = split.input_grad(params, saved, stack.given(given, index, place), dy)
         old = [*saved, *[None] * len(split.extra)]
         # Only what changed is written: a write of the same value would cost a copy of the entry.
-        written = [
-            buffer if new is before else write(buffer, new, slot, place.index)
-            for buffer, new, before in zip(own, kept, old, strict=True)
-        ]
-        return vary_like(dx, dy), buffers | {place.kind: written}
+        changed = {n: new for n, (new, before) in enumerate(zip(kept, old, strict=True)) if new is not before}
+        own = [*own]
+        # For what reads an entry after its write XLA would copy the whole buffer.
+        early, dx = hold({n: (own[n], changed[n]) for n in split.early}, until=dx)
+        for n, new in changed.items():
+            own[n] = write(*early.get(n, (own[n], new)), slot, place.index)
+        return vary_like(dx, dy), buffers | {place.kind: own}
 
     dx, residuals = stack.loop(work, (dy, state.residuals), is_reversed=True)
     return dx, replace(state, residuals=residuals)

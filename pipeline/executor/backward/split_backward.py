@@ -44,6 +44,7 @@ class SplitBackward:
 
     num_saved: number of residuals that the forward keeps.
     extra: types of the entries that the first half adds.
+    early: positions of residuals that a cut replaces though the first half may read them after the cut is made.
     """
 
     def __init__(self, vjp: LayerVjp, params: Any, residuals: list[Any], given: Given, grad: list[Any]) -> None:
@@ -67,7 +68,7 @@ class SplitBackward:
         second = without(needed(self._jaxpr.eqns, grads), self._first)
         self._second = [*_run_again_for(second, self._first), *second]
         self._cuts = self._find_cuts(grads)
-        self._places, self.extra = self._place_cuts()
+        self._places, self.extra, self.early = self._place_cuts()
 
     def input_grad(
         self, params: Any, saved: list[jax.Array], given: Given, grad: list[jax.Array]
@@ -99,26 +100,31 @@ class SplitBackward:
         cuts = cuts_between(self._first, self._second, grads, given=self._jaxpr.invars[-self._num_x :])
         return [v for v in cuts if v not in again]
 
-    def _place_cuts(self) -> tuple[list[int], list[jax.ShapeDtypeStruct]]:
-        """Return a position for every cut, and the types of the positions that are new.
+    def _place_cuts(self) -> tuple[list[int], list[jax.ShapeDtypeStruct], frozenset[int]]:
+        """Return a position for every cut, the types of the positions that are new, and those that are replaced early.
 
-        A cut takes the place of a residual of its type that the second half does not read, if there is one.
+        A cut takes the place of a residual of its type that the second half does not read, if there is one; rather of
+        one that has been read when the cut is made.
         """
         # Parameters come before the residuals among the inputs.
         saved = self._jaxpr.invars[self._num_before : self._num_before + self.num_saved]
         read = {v for eqn in self._second for v in eqn.invars if isinstance(v, Var)}
-        free = [(index, v.aval) for index, v in enumerate(saved) if v not in read]
-        places, extra = [], []
+        free = [(index, v) for index, v in enumerate(saved) if v not in read]
+        places, extra, early = [], [], set()
         for cut in self._cuts:
             aval: Any = cut.aval
-            match = next((entry for entry in free if _is_like(entry[1], aval)), None)
-            if match is not None:
-                free.remove(match)
-                places.append(match[0])
-            else:
+            others = without(self._first, needed(self._first, [cut]))
+            late = {v for eqn in others for v in eqn.invars if isinstance(v, Var)}
+            matches = [entry for entry in free if _is_like(entry[1].aval, aval)]
+            match = min(matches, key=lambda entry, late=late: entry[1] in late, default=None)
+            if match is None:
                 places.append(self.num_saved + len(extra))
                 extra.append(type_of(cut))
-        return places, extra
+                continue
+            free.remove(match)
+            places.append(match[0])
+            early |= {match[0]} if match[1] in late else set()
+        return places, extra, frozenset(early)
 
 
 def _shape(var: Any) -> tuple[int, ...]:

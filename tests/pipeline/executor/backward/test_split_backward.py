@@ -151,6 +151,20 @@ def test_gradients_tied_by_a_barrier_run_in_separate_halves() -> None:
     assert differences(halves) == {}
 
 
+def test_residuals_that_are_read_after_their_cut_is_made_are_named() -> None:
+    def late(w: jax.Array, x: jax.Array, _: Any) -> jax.Array:
+        return x + jnp.sin(x) @ w
+
+    rng = np.random.default_rng(3)
+    w, x = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((8, 8), (6, 8)))
+    # dw = sin(x).T @ dy: the gradient of the output waits in the place of cos(x), by which dy @ w.T is multiplied last.
+    own = halves_of(late, w, x).split.own
+    kept = plan_plain(late, w, x, None).forward(w, x, None)[1]
+    assert [np.allclose(kept[place], jnp.cos(x)) for place in own.early] == [True]
+    # That of tanh is multiplied by its residual first, and waits in its place.
+    assert halves_of(lambda w, x, _: jnp.tanh(x @ w), w, x).split.own.early == frozenset()
+
+
 @pytest.mark.parametrize(("style", "remat"), EVERY_LAYER)
 def test_no_matmul_runs_in_both_halves(style: str, remat: Remat) -> None:
     halves = block(style, remat)
