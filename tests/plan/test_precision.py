@@ -117,8 +117,12 @@ def test_trellax_prices_its_own_fp8_by_current_scaling() -> None:
     assert trellax_runtime(WIDE, accelerator).products == "plain"
 
 
-@pytest.mark.parametrize(("machine", "expected"), [("h100x8", []), ("a100x8", ["no-narrow-units"])])
-def test_plans_in_fp8_warn_where_the_device_has_no_units_for_it(machine: str, expected: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("machine", "expected"), [("h100x8", ["narrow-gain-not-seen"]), ("a100x8", ["no-narrow-units"])]
+)
+def test_plans_in_fp8_warn_where_the_device_has_no_units_for_it_and_that_no_gain_was_measured(
+    machine: str, expected: list[str]
+) -> None:
     model = replace(GPT2, dtype="bfloat16", matmuls="fp8")
     question = TrainQuestion(model=model, topology=read_topology(machine), batch_size=256, num_tokens=1024)
     plan = price_layout(question, Layout(data=8, microbatches=4, sequences=8, remat="dots"))
