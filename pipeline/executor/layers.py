@@ -196,6 +196,9 @@ def backward_layers(
         dy, sums = carry
         residuals = [read(buffer, slot, place.index) for buffer in state.residuals[place.kind]]
         grads, dx = vjps[place.kind].backward(params, residuals, stack.given(given, index, place), dy)
+        if is_nvidia() and stack.gathers[place.kind] is not None and isinstance(place.index, int):
+            # A sum that is transposed is copied as a whole where XLA knows the slice that it adds to.
+            place = replace(place, index=jax.lax.optimization_barrier(jnp.int32(place.index)))
         return vary_like(dx, dy), sums.add_layer(grads, place, given.number)
 
     # Gradients of the ends are no part of the loop, so that these layers and the ends need not wait for each other.

