@@ -69,10 +69,11 @@ def _read_grid(words: Sequence[str]) -> dict[str, list[str]]:
     grid: dict[str, list[str]] = {}
     for word in words:
         key, _, text = word.partition("=")
-        values = [value.strip() for value in text.split(",") if value.strip()]
-        if not values or "." not in key:
+        values = [value.strip() for value in text.split(",")]
+        if not all(values) or "." not in key:
             raise ConfigError(
-                f"--grid {word}: expected a key and its values.", fix="write optimizer.learning_rate=1e-4,3e-4."
+                f"--grid {word}: expected a key and its values, none of them empty.",
+                fix="write optimizer.learning_rate=1e-4,3e-4.",
             )
         if key in grid or len(set(values)) < len(values):
             raise ConfigError(f"--grid {word}: a key, or a value, is given twice.", fix="give each once.")

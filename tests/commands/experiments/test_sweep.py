@@ -62,6 +62,7 @@ def test_run_that_fails_does_not_end_the_sweep(capsys: pytest.CaptureFixture[str
 
 MISTAKES = {
     "no_values": ["--grid", "optimizer.learning_rate"],
+    "value_empty": ["--grid", "train.init_from=,base"],
     "value_twice": ["--grid", "run.seed=1,1"],
     "folder_elsewhere": ["--grid", "run.seed=1,2", "--name", "../x"],
     "unknown_key": ["--grid", "train.lr=1e-4,3e-4"],
