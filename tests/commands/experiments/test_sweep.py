@@ -67,6 +67,7 @@ MISTAKES = {
     "folder_elsewhere": ["--grid", "run.seed=1,2", "--name", "../x"],
     "unknown_key": ["--grid", "train.lr=1e-4,3e-4"],
     "bad_combination": ["--grid", "train.batch_size=8,12"],
+    "no_weights": ["--grid", "model.lora_rank=0,4"],
     "too_many": ["--grid", "run.seed=" + ",".join(map(str, range(1_001)))],
 }
 
