@@ -208,6 +208,10 @@ def test_command_prepares_and_trains_a_tokenizer(capsys: pytest.CaptureFixture[s
 
 def test_tokens_are_not_read_as_texts(capsys: pytest.CaptureFixture[str]) -> None:
     prepare("all.jsonl", out="shards")
+    Path("texts").mkdir()
+    Path("texts/index.json").write_text("{}")
+    assert main(["data", "prepare", "texts", "--out", "of-texts"]) == 2
+    assert "DataError: SOURCE: 'texts' is a folder." in capsys.readouterr().err
     assert main(["data", "prepare", "shards", "--out", "again"]) == 2
     assert "DataError: SOURCE: shards holds the tokens that `trellax data prepare` made" in capsys.readouterr().err
 
