@@ -17,8 +17,6 @@ from .standard_streams import EXIT_UNREAD, LostOutputError, guarded_outputs
 if TYPE_CHECKING:
     from ..configs.run_config import RunConfig
 
-_SEE_HELP = "see `trellax --help`, or `trellax train --help` for every key."
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code.
@@ -113,7 +111,7 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     args, unknown = _make_parser(words).parse_known_args(words)
     if unknown:
         names = " ".join(word if word.strip() else repr(word) for word in unknown)
-        raise TrellaxError(f"unrecognized arguments: {names}", fix=_SEE_HELP)
+        raise TrellaxError(f"unrecognized arguments: {names}", fix=f"see `trellax {args.command} --help`.")
     return args
 
 
@@ -121,7 +119,7 @@ class _Parser(argparse.ArgumentParser):
     """An argparse parser whose errors are `TrellaxError`s."""
 
     def error(self, message: str) -> NoReturn:
-        raise TrellaxError(message, fix=_SEE_HELP)
+        raise TrellaxError(message, fix=f"see `{self.prog} --help`.")
 
 
 class _Version(argparse.Action):

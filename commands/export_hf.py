@@ -2,10 +2,12 @@
 
 import argparse
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from ..configs.run_config import RunConfig
 from ..configs.saved_config import load_saved_config
 from ..hub.adapters import adapters_of, without_lora
+from ..hub.byte_tokenizer import reads_bytes, write_byte_tokenizer
 from ..hub.cached_folder import find_model_folder
 from ..hub.config_write import hub_values
 from ..hub.model_folder import load_params
@@ -40,17 +42,25 @@ def run_export(args: argparse.Namespace) -> int:
     values = hub_values(config.model, architecture=args.architecture or origin.get("model_type"))
     refuse_existing(out)
     say(f"reading   {source}: {count_text(config.model)} parameters, on {spec}")
-    write_weights(
-        load_params(source, weight_shapes(setup_on(spec, config)), weights=chosen_weights(args)),
-        config.model,
-        out,
-        architecture=values["model_type"],
-        dtype=args.dtype or config.model.dtype,
-        extra_values={key: origin[key] for key in _SPECIAL_IDS if key in origin},
-        extra_files=[source / name for name in list_tokenizer_files(source)],
-    )
+    with TemporaryDirectory() as place:
+        write_weights(
+            load_params(source, weight_shapes(setup_on(spec, config)), weights=chosen_weights(args)),
+            config.model,
+            out,
+            architecture=values["model_type"],
+            dtype=args.dtype or config.model.dtype,
+            extra_values={key: origin[key] for key in _SPECIAL_IDS if key in origin},
+            extra_files=_tokenizer_files(source, config, Path(place)),
+        )
     print_result(args, values["model_type"], config.model, files=sorted(file.name for file in out.iterdir()))
     return 0
+
+
+def _tokenizer_files(source: Path, config: RunConfig, place: Path) -> list[Path]:
+    """Return the tokenizer files of a run; those of bytes are written into a folder."""
+    if reads_bytes(source, data=config.data.model_dump(), vocab_size=config.model.vocab_size):
+        return write_byte_tokenizer(place)
+    return [source / name for name in list_tokenizer_files(source)]
 
 
 def _export_adapters(args: argparse.Namespace, config: RunConfig, *, architecture: str | None) -> int:

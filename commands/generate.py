@@ -64,7 +64,7 @@ def run_generate(args: argparse.Namespace) -> int:
     start_s = time.perf_counter()
     sequences = _answer(engine, requests, printer)
     if not args.json and args.logprobs is not None:
-        print("\n".join(_logprob_lines(sequences, source.tokenizer)), file=sys.stderr)
+        print("\n".join(_logprob_lines(sequences, printer.answers, source.tokenizer)), file=sys.stderr)
     if args.json:
         print(json.dumps([_numbers(*own) for own in zip(prompts, sequences, printer.answers, strict=True)]))
     print(_describe_pace(engine, sequences, time.perf_counter() - start_s), file=sys.stderr)
@@ -177,21 +177,21 @@ def _numbers(prompt: str, sequence: ServedSequence, answer: AnswerText) -> dict[
     return {
         "prompt": prompt,
         "completion": answer.text,
-        "token_ids": sequence.tokens,
+        "token_ids": answer.kept(sequence.tokens),
         "finish_reason": answer.finish_reason(sequence),
-        **({"logprobs": [asdict(one) for one in sequence.logprobs]} if wanted else {}),
+        **({"logprobs": [asdict(one) for one in answer.kept(sequence.logprobs)]} if wanted else {}),
     }
 
 
-def _logprob_lines(sequences: list[ServedSequence], tokenizer: Tokenizer) -> Iterator[str]:
+def _logprob_lines(sequences: list[ServedSequence], answers: list[AnswerText], tokenizer: Tokenizer) -> Iterator[str]:
     """Yield a line for each token of each answer: its log probability, and the likeliest tokens in its place."""
 
     def entry(token: int, logprob: float) -> str:
         return f"{logprob:8.3f} {token:6} {tokenizer.decode([token])!r}"
 
-    for index, sequence in enumerate(sequences):
+    for index, (sequence, answer) in enumerate(zip(sequences, answers, strict=True)):
         yield f"logprobs of answer {index}"
-        for one in sequence.logprobs:
+        for one in answer.kept(sequence.logprobs):
             top = "".join(f"   | {entry(*pair).lstrip()}" for pair in one.top)
             yield entry(one.token, one.logprob) + top
 

@@ -49,7 +49,7 @@ def read_hub_model(folder: str | Path) -> HubModel:
     values = read_json(folder, file.name)
     if values is None and not file.is_file():
         raise WeightsError(
-            f"{folder} has no config.json.",
+            f"{folder} has no config.json." if Path(folder).is_dir() else f"{folder} is no folder.",
             fix="name a Hugging Face model's folder, as save_pretrained writes it.",
         )
     try:

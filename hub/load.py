@@ -55,7 +55,7 @@ def load_model(
     rules = model_rules(config, mesh.shape, rules=ShardingRules.of(axes))
     model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), rules=rules))
     params = load_params(folder, _param_shapes(model, config, rules, mesh), weights=weights)
-    ends = {name: params[name] for name in ("embed", "head")}
+    ends = {name: params.get(name, {}) for name in ("embed", "head")}
     nnx.update(model, params | pad_tables(ends, rules=rules, mesh=mesh))
     return model
 

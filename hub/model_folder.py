@@ -14,6 +14,7 @@ import jax
 from ..layers import ModelConfig
 from ..meshes import CheckpointError
 from .adapters import merge_adapters, without_adapters, without_lora
+from .byte_tokenizer import reads_bytes
 from .cached_folder import find_model_folder
 from .config import read_hub_model
 from .folder import check_model_folder, find_file
@@ -25,11 +26,8 @@ from .saved_model import read_saved_model
 from .saves.names import FOLDER
 from .saves.paths import path_text
 from .saves.reader import SaveReader
-from .special_ids import ORIGIN
 from .text_stream import ByteTokenizer, Tokenizer
 from .tokenizer import TOKENIZER, ModelTokenizer, load_tokenizer
-
-_BYTES = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,8 +164,7 @@ def _open_run(folder: Path, weights: Weights) -> ModelSource:
     read = partial(load_params, folder, weights=weights)
     if find_file(folder, TOKENIZER):
         return _with_tokenizer(load_tokenizer(folder), config, read=read)
-    reads_bytes = data.get("source", "stdlib") != "tokens" and data.get("tokenizer", "bytes") == "bytes"
-    if not reads_bytes or find_file(folder, ORIGIN) is not None or config.vocab_size < _BYTES:
+    if not reads_bytes(folder, data=data, vocab_size=config.vocab_size):
         raise CheckpointError(
             f"the model in {folder} reads token ids, and there is no {TOKENIZER} that says what text they are.",
             fix=f"copy the model's {TOKENIZER} there, or use trellax.serve.Engine with token ids of your own.",

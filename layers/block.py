@@ -26,7 +26,9 @@ from .lora.adapter import ADAPTED
 from .mlp import MLP
 from .norms import apply_norm, make_norm, normalize
 from .own.call import join_layers, run_alone, same_as
+from .own.load import asked_of
 from .own.make import make_own
+from .own.mistakes import code_of
 
 Remat = Literal["none", "full", "dots"]
 """Rematerialization policy: recompute nothing in the backward, each block from its input ("full"), or everything but
@@ -70,14 +72,26 @@ class Block(nnx.Module):
         Args:
             layer: number of the layer in the model, if layers differ (`attention_pattern`).
         """
-        y_BTD = normalize(self.attention_norm, x_BTD)
-        # A class of the user's knows no numbers of layers.
-        y_BTD = self.attention(y_BTD, places) if layer is None else self.attention(y_BTD, places, layer)
+        y_BTD = self._attend(normalize(self.attention_norm, x_BTD), places, layer)
         y_BTD = normalize(self.attention_out_norm, same_as(x_BTD, y_BTD, self.attention))
         x_BTD = self._add(x_BTD, y_BTD if noise is None else noise.drop(y_BTD, branch=0, rules=self.rules))
         y_BTD, stats = self._feed_forward(normalize(self.mlp_norm, x_BTD), weights_BT)
         y_BTD = normalize(self.mlp_out_norm, y_BTD)
         return self._add(x_BTD, y_BTD if noise is None else noise.drop(y_BTD, branch=1, rules=self.rules)), stats
+
+    def _attend(self, x_BTD: jax.Array, places: Places | None, layer: jax.Array | int | None) -> jax.Array:
+        if type(self.attention) in (Attention, LatentAttention):
+            return self.attention(x_BTD, places, layer)
+        # A class of the user's knows no numbers of layers.
+        own = {"places": places} if "places" in asked_of(self.attention) else {}
+        if places is not None and not own:
+            raise ModelError(
+                f"{type(self.attention).__name__} is not told where documents begin, and a sequence holds several: its "
+                "tokens would attend to those of other documents.",
+                fix="write def __call__(self, x_BTD, places=None), and use them; or data.packing='off'.",
+            )
+        with code_of(self.attention):
+            return self.attention(x_BTD, **own)
 
     def _add(self, x_BTD: jax.Array, y_BTD: jax.Array) -> jax.Array:
         """Add the output of a layer to the residual stream."""
@@ -86,7 +100,9 @@ class Block(nnx.Module):
     def _feed_forward(self, x_BTD: jax.Array, weights_BT: jax.Array | None) -> tuple[jax.Array, ExpertStats]:
         if isinstance(self.mlp, MoE):
             return self.mlp(x_BTD, weights_BT)
-        return same_as(x_BTD, self.mlp(x_BTD), self.mlp), ExpertStats()
+        with code_of(self.mlp):
+            y_BTD = self.mlp(x_BTD)
+        return same_as(x_BTD, y_BTD, self.mlp), ExpertStats()
 
     def join(self) -> None:
         """Replace layers that read the same input by one joined layer each, where they are split.

@@ -7,6 +7,7 @@ from ..meshes import DEFAULT_RULES, ShardingRules
 from .config import ModelConfig
 from .options.shifted_norm import ShiftedNorm
 from .own.make import make_own
+from .own.mistakes import code_of
 from .partitioning import param_metadata
 
 Norm = nnx.LayerNorm | nnx.RMSNorm | ShiftedNorm | nnx.Module
@@ -69,5 +70,5 @@ def apply_norm(norm: Norm | None, x_BTD: jax.Array) -> jax.Array:
     """Return the normalized x, also under strict dtype promotion: Flax multiplies float32 statistics with x."""
     if norm is None:
         return x_BTD
-    with jax.numpy_dtype_promotion("standard"):
+    with jax.numpy_dtype_promotion("standard"), code_of(norm):
         return norm(x_BTD)

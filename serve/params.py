@@ -116,7 +116,7 @@ def stage_shapes(
 
 def _pad_ends(params: Any, mesh: Mesh, axes: MeshAxes) -> Any:
     """Return embedding and head with tables as the devices hold them."""
-    ends = {name: params[name] for name in ("embed", "head")}
+    ends = {name: params.get(name, {}) for name in ("embed", "head")}
     return pad_tables(ends, rules=ShardingRules.of(axes), mesh=mesh)
 
 

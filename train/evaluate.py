@@ -16,6 +16,7 @@ from .checkpoints.initial_weights import weight_shapes
 from .checkpoints.layer_order import as_pipeline, params_in_stages
 from .compiled_steps import compile_eval_step
 from .data.corpus import Corpus, check_vocabulary, load_corpus
+from .data.in_turn import in_turn
 from .data.training_data import TrainingData, make_training_data
 from .preferences.reference import reference_losses
 from .prepare import prepare
@@ -99,8 +100,7 @@ def validate_sets(state: TrainState, eval_step: Callable[..., Any], data: Traini
 
 
 def _sum_losses(state: TrainState, eval_step: Callable[..., Any], batches: Iterator[Any]) -> float:
-    # The list starts all batches before the first loss is waited for.
-    losses = [eval_step(state, batch) for batch in batches]
+    losses = in_turn(eval_step(state, batch) for batch in batches)
     return float(np.sum(jax.device_get(losses)))
 
 

@@ -72,13 +72,23 @@ def train(
     _check_values(start, changes, profile_steps)
     start_s = time.perf_counter()
     warning = prepare_backend()
+    setup = check_start(config, start=start)
+    console = _open_console(console, warning)
+    profile = StepProfile(config.run_folder, num_steps=profile_steps, say=partial(say_on, console))
+    return _train_in_folder(setup, console=console, start=start, changes=changes, profile=profile, start_s=start_s)
+
+
+def check_start(config: RunConfig, *, start: Start = "resume") -> Setup:
+    """Return the setup of a run after the checks that need neither its tokens nor its weights.
+
+    Raises:
+        TrellaxError: config, corpus, initial weights or trackers have a mistake.
+    """
     setup = prepare(config, corpus="needed")
     check_rates(setup.config.optimizer, steps=setup.config.train.steps)
     check_initial_weights(setup, start=start)
     first_does(lambda: check_trackers(config.train.log_to))
-    console = _open_console(console, warning)
-    profile = StepProfile(config.run_folder, num_steps=profile_steps, say=partial(say_on, console))
-    return _train_in_folder(setup, console=console, start=start, changes=changes, profile=profile, start_s=start_s)
+    return setup
 
 
 def _train_in_folder(

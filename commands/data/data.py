@@ -5,6 +5,8 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,7 @@ def run_data(args: argparse.Namespace) -> int:
 
 def _prepare(args: argparse.Namespace) -> dict[str, Any]:
     files, start_s = find_named(args.source, option="SOURCE"), time.perf_counter()
-    with _Bar() as bar:
+    with _Bar() as bar, _told_of_stops():
         index = prepare_tokens(
             files,
             out=Path(args.out),
@@ -62,7 +64,8 @@ def _prepare(args: argparse.Namespace) -> dict[str, Any]:
         print(f"{args.out}: {num_shards} shards, sha256 {index['sha256'][:12]}")
         print(f"trellax train CONFIG --data.source tokens --data.paths {args.out}")
     numbers = ("num_tokens", "num_documents", "text_bytes", "num_damaged", "vocab_size_needed", "sha256")
-    return {"folder": args.out, "shards": num_shards, "seconds": seconds} | {name: index[name] for name in numbers}
+    found = {name: index[name] for name in (*numbers, "damaged")}
+    return {"folder": args.out, "shards": num_shards, "seconds": seconds} | found
 
 
 def _train_tokenizer(args: argparse.Namespace) -> dict[str, Any]:
@@ -75,6 +78,16 @@ def _train_tokenizer(args: argparse.Namespace) -> dict[str, Any]:
     if not args.json:
         print(f"{size:,} tokens in {seconds:.1f} s\n{args.out}: tokenizer.json, tokenizer_config.json")
     return {"folder": args.out, "vocab_size": size, "seconds": seconds}
+
+
+@contextmanager
+def _told_of_stops() -> Iterator[None]:
+    """Say on stderr what becomes of the shards, if the user stops the command."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("the shards that are written stay; the same command goes on", file=sys.stderr)
+        raise
 
 
 class _Bar:
@@ -100,7 +113,7 @@ class _Bar:
         lines = done * _NUM_LINES // max(1, total)
         if not self._console.is_terminal and lines > self._lines:
             self._lines = lines
-            print(f"{done / 1e6:,.0f} of {total / 1e6:,.0f} MB", file=sys.stderr)
+            print(f"{_megabytes(done)} of {_megabytes(total)} MB", file=sys.stderr)
 
     def __enter__(self) -> "_Bar":
         self._progress.start()
@@ -108,3 +121,7 @@ class _Bar:
 
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:,.0f}" if count >= 10**7 else f"{count / 1e6:.2g}"

@@ -15,19 +15,18 @@ from pathlib import Path
 from typing import Any
 
 from ...configs.changes import list_changes
-from ...configs.check import check_run
 from ...configs.run_config import RunConfig, load_config
-from ...meshes import ConfigError, RunError, use_fake_devices
-from ...meshes.build import visible_devices
+from ...meshes import ConfigError, TrellaxError, use_fake_devices
 from ...meshes.columns import align
-from ...meshes.errors import shown
+from ...meshes.errors import LostProcessError, shown
 from ...meshes.files.own_file import replace_file
-from ...train.loop import train
+from ...train.loop import check_start, train
 from ...train.metrics import Summary, read_summary
 from ...train.metrics.compare_plot import draw_losses
 from ...train.metrics.plateau import PLATEAU
 from ...train.metrics.run_rows import read_config_values, read_run_row
 from ...train.stop import BUDGET
+from ...train.xla import prepare_backend
 
 _MOST_RUNS = 1000
 _NAME = re.compile(r"[^/\\]*[^/\\.][^/\\]*")
@@ -42,17 +41,21 @@ def run_sweep(config: RunConfig, args: argparse.Namespace) -> int:
     """
     grid = _read_grid(args.grid)
     configs = _make_configs(config, grid, args)
+    # The checks start jax, and `train` would come too late with what its backend reads; it prints the warning.
+    prepare_backend()
     if config.run.fake_devices:
         use_fake_devices(config.run.fake_devices)
     for own in configs.values():
-        check_run(own, num_devices=len(visible_devices()), corpus="needed")
+        check_start(own)
     folder = next(iter(configs.values())).run_folder.parent
     failed = False
     for number, own in enumerate(configs.values(), 1):
         print(f"run {number}/{len(configs)}  {own.run.name}", file=sys.stderr)
         try:
             summary = _train_unless_done(own)
-        except RunError as error:
+        except LostProcessError:
+            raise
+        except TrellaxError as error:
             failed = True
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
             continue
@@ -60,7 +63,8 @@ def run_sweep(config: RunConfig, args: argparse.Namespace) -> int:
             print(f"stopped by {summary.ended}; the same command goes on", file=sys.stderr)
             break
     begun = {values: own for values, own in configs.items() if own.run_folder.is_dir()}
-    _report(folder, list(grid), begun, args)
+    if begun:
+        _report(folder, list(grid), begun, args)
     return 2 if failed else 0
 
 
@@ -69,10 +73,11 @@ def _read_grid(words: Sequence[str]) -> dict[str, list[str]]:
     grid: dict[str, list[str]] = {}
     for word in words:
         key, _, text = word.partition("=")
-        values = [value.strip() for value in text.split(",") if value.strip()]
-        if not values or "." not in key:
+        values = [value.strip() for value in text.split(",")]
+        if not all(values) or "." not in key:
             raise ConfigError(
-                f"--grid {word}: expected a key and its values.", fix="write optimizer.learning_rate=1e-4,3e-4."
+                f"--grid {word}: expected a key and its values, none of them empty.",
+                fix="write optimizer.learning_rate=1e-4,3e-4.",
             )
         if key in grid or len(set(values)) < len(values):
             raise ConfigError(f"--grid {word}: a key, or a value, is given twice.", fix="give each once.")

@@ -6,11 +6,13 @@ in the text, which may be decoded a token late, and the sequence is cancelled af
 
 import re
 from collections.abc import Sequence
-from typing import TextIO
+from typing import TextIO, TypeVar
 
 from ...hub.text_stream import TextStream, Tokenizer
 from ...serve import Engine, Request, ServedSequence
 from ...serve.stop_strings import StopStrings
+
+_OfToken = TypeVar("_OfToken")
 
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 """Control characters (C0, DEL and C1) except line ends and tabs."""
@@ -37,7 +39,7 @@ class AnswerText:
 
     def __init__(self, tokenizer: Tokenizer, request: Request, stops: Sequence[str] = ()) -> None:
         self._stream, self._stops = TextStream(tokenizer, prompt=request.prompt), StopStrings(stops)
-        self.text = ""
+        self.text, self._num_tokens = "", 0
 
     @property
     def has_stopped(self) -> bool:
@@ -46,7 +48,12 @@ class AnswerText:
 
     def add(self, token: int) -> str:
         """Add a token, and return the text that is certain to be a part of the answer."""
+        self._num_tokens += 0 if self.has_stopped else 1
         return self._keep(self._stops.add(self._stream.add(token)))
+
+    def kept(self, of_tokens: Sequence[_OfToken]) -> Sequence[_OfToken]:
+        """Return what there is for each token, up to the end of a stop string: an engine is some tokens ahead."""
+        return of_tokens[: self._num_tokens] if self.has_stopped else of_tokens
 
     def finish(self) -> str:
         """Return the rest of the text, at the end."""

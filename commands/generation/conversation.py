@@ -59,9 +59,9 @@ class Answer:
         return {
             "message": self.message,
             "completion": self.text.text,
-            "token_ids": self.sequence.tokens,
+            "token_ids": self.text.kept(self.sequence.tokens),
             "finish_reason": self.text.finish_reason(self.sequence),
-            **({"logprobs": [asdict(one) for one in self.sequence.logprobs]} if wanted else {}),
+            **({"logprobs": [asdict(one) for one in self.text.kept(self.sequence.logprobs)]} if wanted else {}),
         }
 
 

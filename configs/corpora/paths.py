@@ -53,7 +53,7 @@ def _check_named_once(paths: Sequence[str]) -> None:
         if name in seen:
             raise DataError(
                 f"data.paths names {shown(path)} more than once; a file is read once, and counts once.",
-                fix="name it once. To weigh it, write it into one file as often as it shall count.",
+                fix="name it once. To weigh it beside other paths, set data.weights.",
             )
         seen.add(name)
 

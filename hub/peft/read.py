@@ -18,11 +18,9 @@ from ..adapters import adapter_shapes, node_at
 from ..cached_folder import find_model_folder
 from ..folder import find_file, read_json
 from .names import CONFIG_FILE, ENDS, WEIGHTS_FILE, AdaptedLayer, adapted_layers, tensor_ends
+from .parameters import split_experts
 
-_REFUSED = (
-    *("rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform", "layer_replication"),
-    "target_parameters",
-)
+_REFUSED = ("rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform", "layer_replication")
 _SHOWN = 5
 
 
@@ -105,10 +103,10 @@ def read_adapters(opened: PeftFolder, config: ModelConfig, shapes: Any) -> tuple
     Raises:
         WeightsError: the file is broken, or its tensors are missing, unknown or of another shape.
     """
-    tensors = _load(opened.folder)
     every = replace(config, lora_rank=opened.rank, lora_alpha=opened.alpha, lora_magnitude=opened.magnitude)
     every = every if config.embeddings == "tied" else replace(every, lora_targets=("*", HEAD))
     ends = tensor_ends(every)
+    tensors = split_experts(_load(opened.folder), adapted_layers(every, joined="leave out"), shapes)
     targets = _find_targets(tensors, every, shapes)
     model = replace(every, lora_targets=targets)
     wanted, layers = adapter_shapes(model, shapes), adapted_layers(model) if targets else ()

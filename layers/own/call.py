@@ -6,6 +6,7 @@ import jax
 
 from ...meshes import ModelError
 from .load import asked_of
+from .mistakes import code_of
 from .protocol import Output
 
 
@@ -36,7 +37,8 @@ def call_block(block: Any, x_BTD: jax.Array, **offered: Any) -> Output:
     Raises:
         ModelError: x changes its shape or dtype.
     """
-    out = block(x_BTD, **{name: offered[name] for name in asked_of(block)})
+    with code_of(block):
+        out = block(x_BTD, **{name: offered[name] for name in asked_of(block)})
     out = out if isinstance(out, Output) else Output(x=out)
     same_as(x_BTD, out.x, block)
     return out

@@ -10,6 +10,7 @@ from ...meshes.errors import suggest
 from ..partitioning import param_metadata
 from .check_config import own_dims
 from .load import load_class
+from .mistakes import code_of
 
 
 def add_dims(rules: ShardingRules, config: Any) -> ShardingRules:
@@ -42,11 +43,16 @@ def make_own(config: Any, key: str, *, rngs: nnx.Rngs, rules: ShardingRules) -> 
     """
     own, rules = load_class(getattr(config, key), key=key), add_dims(rules, config)
     # Flax would read the names of dims as mesh axes, and ask for a mesh.
-    with nnx.use_eager_sharding(False):
+    with nnx.use_eager_sharding(False), code_of(own):
         module = own(config, rngs=rngs, rules=rules)
     for path, variable in nnx.iter_graph(module):
         if isinstance(variable, nnx.Variable):
             _annotate(variable, name=f"{own.__name__}.{'.'.join(map(str, path))}", rules=rules)
+    if key == "block" and not nnx.to_flat_state(nnx.state(module, nnx.Param)):
+        raise ModelError(
+            f"model.block={getattr(config, key)!r}: {own.__name__} has no parameters, so there are no layers to split.",
+            fix="give it some, nnx.Param or layers such as ColumnLinear.",
+        )
     return module
 
 

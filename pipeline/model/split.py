@@ -137,7 +137,7 @@ def _make_params(
     blocks = stages_from_layers(
         params["blocks"], layers_per_stage=counts, pattern=layer_pattern(config), placement=where, **sizes
     )
-    shared = resize_tables({"embed": params["embed"], "head": params["head"]}, num_rows)
+    shared = resize_tables({"embed": params["embed"], "head": params.get("head", {})}, num_rows)
     made = PipelineParams(stages=blocks, shared=shared)
     return _cast_frozen(config.dtype, made) if config.lora_rank else made
 
@@ -287,7 +287,7 @@ def _cast_kernels(dtype: str, params: Any) -> Any:
 def _cut_dims(dims: dict[str, Any]) -> PipelineParams:
     """Return the logical dimensions of stage and shared parameters: blocks have chunk and stage before their own."""
     blocks = jax.tree.map(lambda own: ("chunk", "stage", *own), dims["blocks"], is_leaf=lambda n: isinstance(n, tuple))
-    return PipelineParams(stages=blocks, shared={"embed": dims["embed"], "head": dims["head"]})
+    return PipelineParams(stages=blocks, shared={"embed": dims["embed"], "head": dims.get("head", {})})
 
 
 def _keep_split(fns: StageFns, shard: SplitWeights, shardings: PipelineParams, dtype: str) -> StageFns:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from trellax.commands.cli import main
 from trellax.commands.generate import _engine_sizes, _logprob_lines, _Printer, _read_prompts
+from trellax.commands.generation.answer_text import AnswerText
 from trellax.configs import load_config
 from trellax.hub.saves.reader import SaveReader
 from trellax.hub.special_ids import ORIGIN
@@ -116,6 +117,11 @@ def test_a_stop_of_several_tokens_ends_an_answer_in_its_text(ask: Any, answers: 
     found = json.loads(out)
     assert [one["completion"] for one in found] == [text.partition(stop)[0] for text in texts]
     assert [one["finish_reason"] for one in found] == ["stop" if stop in text else "length" for text in texts]
+    # Ids are those up to the end of the stop, and no token that the engine was ahead.
+    for one, answer in zip(found, answers, strict=True):
+        ids = one["token_ids"]
+        assert ids == list(answer.tokens[: len(ids)])
+        assert one["finish_reason"] == "length" or ByteTokenizer().decode(ids).endswith(stop)
     assert stop in "".join(texts)
 
 
@@ -184,7 +190,8 @@ def test_answers_keep_to_a_schema_or_an_expression(ask: Any, tmp_path: Path) -> 
 def test_each_token_has_a_line_of_log_probabilities() -> None:
     sequence = ServedSequence(id=0, request=Request(prompt=(1,)))
     sequence.logprobs = [TokenLogprobs(token=65, logprob=-1.5, top=((66, -0.5), (65, -1.5)))]
-    lines = list(_logprob_lines([sequence], ByteTokenizer()))
+    answer = AnswerText(ByteTokenizer(), sequence.request)
+    lines = list(_logprob_lines([sequence], [answer], ByteTokenizer()))
     assert lines == ["logprobs of answer 0", "  -1.500     65 'A'   | -0.500     66 'B'   | -1.500     65 'A'"]
 
 

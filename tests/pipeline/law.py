@@ -143,7 +143,7 @@ def cut_params(config: ModelConfig, model: PipelinedModel) -> PipelineParams:
     cut |= {"pattern": model.fns.pattern}
     stages = stages_from_layers(params["blocks"], num_ranks=num_ranks, num_chunks=num_chunks, **cut)
     num_rows = model.params.shared["embed"]["table"].shape[0]
-    shared = resize_tables({"embed": params["embed"], "head": params["head"]}, num_rows)
+    shared = resize_tables({"embed": params["embed"], "head": params.get("head", {})}, num_rows)
     return jax.device_put(PipelineParams(stages=stages, shared=shared), model.shardings)
 
 

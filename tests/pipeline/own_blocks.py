@@ -45,6 +45,17 @@ class ByHand(nnx.Module):
         return sum_blocks(jnp.tanh(x_BTD @ up_DF) @ self.down[...], self.axes)
 
 
+class FreeNorm(nnx.Module):
+    """x / |x|, without parameters."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, rules: ShardingRules) -> None:
+        del config, rngs, rules
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        x = x_BTD.astype(jnp.float32)
+        return (x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + 1e-6)).astype(x_BTD.dtype)
+
+
 class ScaleNorm(nnx.Module):
     """x / |x| times one learned number for each feature (Nguyen and Salazar 2019, with a vector)."""
 

@@ -18,6 +18,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "mlp": {"mlp_class": "ByHand", "dims": ("inner=tensor",)},
     "whole": {"mlp_class": "ByHand", "dims": ("inner=none",)},
     "norm": {"norm_class": "ScaleNorm"},
+    "norm without parameters": {"norm_class": "FreeNorm"},
     "attention": {"attention_class": "WindowAttention"},
     "all": {"mlp_class": "ByHand", "norm_class": "ScaleNorm", "attention_class": "WindowAttention"}
     | {"dims": ("inner=tensor",)},
@@ -59,6 +60,7 @@ CASES = (
     Case("whole", "2x2x2", "1f1b", vocab="split"),
     Case("norm", "1x2x4", "1f1b", 4, sequence="on"),
     Case("norm", "4x2x1", "1f1b", shard="step"),
+    Case("norm without parameters", "2x2x2", "zb-h1", 3, vocab="split"),
     Case("attention", "2x2x2", "zb-h1", 3),
 )
 

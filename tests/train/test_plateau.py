@@ -61,7 +61,7 @@ def test_interrupted_run_ends_after_the_same_step(tiny: Tiny, monkeypatch: pytes
     expected = next(n for n in range(1, len(losses)) if n - 1 - losses[:n].index(min(losses[:n])) >= PATIENCE)
     assert expected < whole.train.steps
     # Each command has time for two steps, by a clock that is a second later whenever it is read.
-    words = f"{WORDS} --train.patience {PATIENCE}"
+    words = f"{WORDS} --train.patience {PATIENCE} --train.log_every 100"
     for _ in range(whole.train.steps):
         monkeypatch.setattr("trellax.train.stop.time", SimpleNamespace(monotonic=count().__next__))
         summary = train(tiny(f"{words} --train.seconds 3"))
@@ -69,7 +69,8 @@ def test_interrupted_run_ends_after_the_same_step(tiny: Tiny, monkeypatch: pytes
             break
     assert (summary.ended, summary.steps) == ("plateau", expected)
     # The same command takes no step; one with more patience does.
-    assert train(tiny(words)).steps == expected
+    again = train(tiny(words))
+    assert (again.steps, again.final_train_loss) == (expected, summary.final_train_loss)
     assert train(tiny(f"{WORDS} --train.patience 9")).steps > expected
 
 

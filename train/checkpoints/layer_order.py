@@ -228,7 +228,7 @@ def as_model(params: PipelineParams) -> dict[str, Any]:
 
 def as_pipeline(params: dict[str, Any]) -> PipelineParams:
     """Return a model's parameters as a pipeline groups them, still in layer order."""
-    return PipelineParams(stages=params["blocks"], shared={"embed": params["embed"], "head": params["head"]})
+    return PipelineParams(stages=params["blocks"], shared={"embed": params["embed"], "head": params.get("head", {})})
 
 
 def _without_shardings(tree: Any) -> Any:

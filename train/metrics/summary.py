@@ -77,11 +77,15 @@ def read_summary(folder: str | Path) -> Summary | None:
 
 
 def keep_throughput(summary: Summary, before: Summary | None) -> Summary:
-    """Return the summary of a call that took no step, with the throughput and mesh of the call before it."""
+    """Return the summary of a call that took no step, with throughput, mesh and loss of the call before it.
+
+    The loss of its last step may be on no line of metrics.jsonl, where a run ends between two of them.
+    """
     if before is None or before.steps != summary.steps:
         return summary
     return replace(
         summary,
+        final_train_loss=before.final_train_loss,
         tokens_per_s=before.tokens_per_s,
         wall_time_s=before.wall_time_s,
         mesh=before.mesh,

@@ -1,7 +1,7 @@
 """Compute the loss of a model, from a run or from Hugging Face, on files of text or records, on any mesh."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from ...meshes.build import visible_devices
 from ...pipeline import PipelineParams, pipeline_loss
 from ..checkpoints.initial_weights import weight_shapes
 from ..checkpoints.layer_order import as_pipeline, params_in_stages
+from ..data.in_turn import in_turn
 from ..data.prefetch import place_batch
 from ..state import Setup
 from .file_tokens import FileTokens, cut_batches, tokenize_file
@@ -166,11 +167,15 @@ def _evaluate_file(
     name: str, found: FileTokens, setup: Setup, params: PipelineParams, compute: Callable[..., jax.Array]
 ) -> FileLoss:
     shape, context = setup.batch_shapes["tokens"].shape, setup.sizes.context
-    losses, counts = [], []
-    for batch, count in cut_batches(found.tokens, shape=(shape[0], shape[1], shape[2])):
-        ordered = {leaf: order_chunks(own, num_ranks=context) for leaf, own in batch.items()}
-        losses.append(compute(params, place_batch(ordered, setup.batch_sharding)))
-        counts.append(count)
+    counts: list[int] = []
+
+    def start() -> Iterator[jax.Array]:
+        for batch, count in cut_batches(found.tokens, shape=(shape[0], shape[1], shape[2])):
+            counts.append(count)
+            ordered = {leaf: order_chunks(own, num_ranks=context) for leaf, own in batch.items()}
+            yield compute(params, place_batch(ordered, setup.batch_sharding))
+
+    losses = in_turn(start())
     total = float(np.dot(np.asarray(jax.device_get(losses), np.float64), counts))
     return FileLoss(
         name=name,

@@ -18,6 +18,7 @@ from ...meshes.files.own_file import replacing_file
 from ...meshes.processes.messages import first_does, text_of_first
 from ...pipeline import PipelineParams, pipeline_loss
 from ..checkpoints.initial_weights import initial_state
+from ..data.in_turn import in_turn
 from ..data.preferences.pair_batches import lay_out_rows
 from ..data.preferences.pairs import LoadedPairs
 from ..data.prefetch import place_batch
@@ -58,12 +59,15 @@ def _compute(setup: Setup, loaded: LoadedPairs) -> np.ndarray:
         given: dict[str, Any] = {"batch": batch, "mesh": setup.mesh, "schedule": setup.schedule}
         return -pipeline_loss(fns, params=params, **given, has_aux=True)[1].metrics["logprob"]
 
-    params, shape, found = initial_state(setup).params, (microbatches, size // microbatches), []
-    for first in range(0, num_rows, size):
+    params, shape = initial_state(setup).params, (microbatches, size // microbatches)
+
+    def start(first: int) -> jax.Array:
         # The last batch is filled up with rows that are computed already.
         rows = [row % num_rows for row in range(first, first + size)]
         batch = lay_out_rows(loaded.pairs, rows, seq_len=setup.config.data.seq_len, shape=shape)
-        found.append(run(params, place_batch(batch, setup.batch_sharding)))
+        return run(params, place_batch(batch, setup.batch_sharding))
+
+    found = in_turn(start(first) for first in range(0, num_rows, size))
     return np.concatenate(jax.device_get(found))[:num_rows].astype(np.float32)
 
 

@@ -62,10 +62,12 @@ def test_run_that_fails_does_not_end_the_sweep(capsys: pytest.CaptureFixture[str
 
 MISTAKES = {
     "no_values": ["--grid", "optimizer.learning_rate"],
+    "value_empty": ["--grid", "train.init_from=,base"],
     "value_twice": ["--grid", "run.seed=1,1"],
     "folder_elsewhere": ["--grid", "run.seed=1,2", "--name", "../x"],
     "unknown_key": ["--grid", "train.lr=1e-4,3e-4"],
     "bad_combination": ["--grid", "train.batch_size=8,12"],
+    "no_weights": ["--grid", "model.lora_rank=0,4"],
     "too_many": ["--grid", "run.seed=" + ",".join(map(str, range(1_001)))],
 }
 

@@ -12,6 +12,7 @@ def test_text_ends_before_a_stop_of_several_tokens() -> None:
     assert "".join(pieces) == answer.text == "a E b "
     assert answer.has_stopped
     assert answer.finish() == ""
+    assert bytes(answer.kept(list(b"a E b END c"))) == b"a E b END"
     sequence.finish_reason = "cancelled"
     assert answer.finish_reason(sequence) == "stop"
 

@@ -71,6 +71,33 @@ def test_merged_kernel_is_what_the_files_say(tmp_path: Path) -> None:
     assert np.array_equal(merged["blocks"]["mlp"]["up"]["kernel"], kept["blocks"]["mlp"]["up"]["kernel"])
 
 
+def test_adapters_of_a_parameter_of_all_experts_are_those_of_each_expert(tmp_path: Path) -> None:
+    """As `ParamWrapper` of PEFT 0.21 computes what they add: einsum("ore,eri->eoi") of A [E, r, i] and B [o, r, E]."""
+    base, rng, rank = GOLDEN / "mixtral", np.random.default_rng(0), 3
+    shapes, config = shapes_of(base), read_hub_model(base).config
+    sizes = shapes["blocks"]["mlp"]["up"]["kernel"].shape
+    num_layers, num_experts, d, f = sizes
+    tensors, added = {}, {}
+    for layer in range(num_layers):
+        for nested, d_in, d_out in (("", f, d), (".base_layer", d, 2 * f)):
+            a, b = rng.standard_normal((num_experts, rank, d_in)), rng.standard_normal((d_out, rank, num_experts))
+            name = f"base_model.model.model.layers.{layer}.mlp.experts{nested}"
+            tensors[f"{name}.lora_A.weight"] = a.reshape(-1, d_in).astype(np.float32)
+            tensors[f"{name}.lora_B.weight"] = b.reshape(d_out, -1).astype(np.float32)
+            added[layer, nested] = np.einsum("ore,eri->eio", b, a)
+    values = {"peft_type": "LORA", "r": rank, "lora_alpha": 6, "base_model_name_or_path": str(base)}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(values | {"target_parameters": ["experts.gate_up_proj"]}))
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    model, found = read_adapters(open_adapters(tmp_path), config, shapes)
+    assert set(adapted_names(model)) == {"mlp.experts.gate", "mlp.experts.up", "mlp.experts.down"}
+    for layer in range(num_layers):
+        wanted = {"gate": added[layer, ".base_layer"][..., :f], "up": added[layer, ".base_layer"][..., f:]}
+        for name, own in (wanted | {"down": added[layer, ""]}).items():
+            node = found["blocks"]["mlp"][name]
+            product = np.einsum("eir,ero->eio", node["lora_a"][layer], node["lora_b"][layer])
+            np.testing.assert_allclose(product, own, atol=1e-5)
+
+
 @pytest.mark.parametrize("magnitude", [pytest.param("off", marks=pytest.mark.slow), "on"])
 def test_model_with_merged_adapters_is_the_model_with_them_beside(magnitude: Magnitude) -> None:
     """Of all kinds of linear layers: attention from latent vectors, a dense layer, experts, shared ones, the head."""

@@ -4,12 +4,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from trellax.hub import load_model
 from trellax.hub.config import read_hub_model
 from trellax.hub.peft.write import write_adapters
+from trellax.meshes import MeshSpec, build_mesh
 
 from ..hub import GOLDEN
 from .test_adapters import BASE, Magnitude, random_adapters, written
@@ -63,6 +65,33 @@ def test_we_load_adapters_of_peft_with_the_same_logits(name: str, variant: dict[
     model.save_pretrained(tmp_path / "out")
     here = load_model(tmp_path / "out", dtype="float32")(jnp.asarray(tokens_of()))
     assert np.abs(logits_of(model.eval(), tokens_of()) - here).max() < TOLERANCE
+
+
+@pytest.mark.parametrize("mesh", ["data=1", "expert=2,tensor=2"])
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("mixtral", ("gate_up_proj", "down_proj")),
+        ("qwen3_moe", ("down_proj", "gate_up_proj")),
+        ("qwen3_moe", ("gate_up_proj",)),
+        ("deepseek_v3", ("down_proj",)),
+    ],
+)
+def test_we_load_adapters_of_a_parameter_of_all_experts_with_the_same_logits(
+    name: str, parameters: tuple[str, ...], mesh: str, tmp_path: Path
+) -> None:
+    base = transformers.AutoModelForCausalLM.from_pretrained(GOLDEN / name, dtype=torch.float32)
+    plain = logits_of(base, tokens_of())
+    given = [f"mlp.experts.{parameter}" for parameter in parameters]
+    options: dict[str, Any] = {"target_modules": ["o_proj"], "target_parameters": given, "task_type": "CAUSAL_LM"}
+    model = peft.get_peft_model(base, peft.LoraConfig(r=3, lora_alpha=6, init_lora_weights=False, **options))
+    model.save_pretrained(tmp_path / "out")
+    spec = MeshSpec.parse(mesh)
+    where = build_mesh(spec, devices=jax.devices()[: spec.num_devices])
+    here = load_model(tmp_path / "out", dtype="float32", mesh=where, axes=spec.roles)(jnp.asarray(tokens_of()))
+    there = logits_of(model.eval(), tokens_of())
+    assert np.abs(there - plain).max() > 10 * TOLERANCE
+    assert np.abs(there - here).max() < TOLERANCE
 
 
 @pytest.mark.parametrize(

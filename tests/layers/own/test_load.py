@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 from flax import nnx
 from trellax.layers import ModelConfig, Transformer, model_rules
+from trellax.layers.block import Block
+from trellax.layers.context.places import Places
 from trellax.layers.own.load import asked_of, load_class
 from trellax.meshes import ModelError, ShardingError, TrellaxError
 
@@ -52,6 +54,24 @@ class TwoInputs(nnx.Module):
 
     def __call__(self, x_BTD, mask_BT):
         return x_BTD
+
+
+class NoParams(nnx.Module):
+    def __init__(self, config, *, rngs, rules):
+        pass
+
+    def __call__(self, x_BTD):
+        return x_BTD
+
+
+class Unmade(Good):
+    def __init__(self, config, *, rngs, rules):
+        self.weight = config.no_such_field
+
+
+class Fails(Good):
+    def __call__(self, x_BTD):
+        return x_BTD @ self.weight[...][1:]
 
 
 class Narrow(Good):
@@ -116,6 +136,12 @@ def test_class_that_cannot_be_used_is_told_in_a_sentence(module: str, key: str, 
         ),
         ({"block": "Good", "dims": ("heads=none",)}, ShardingError, "'heads' is a dim of trellax's own layers"),
         ({"block": "Stateful"}, ModelError, r"Stateful.drop.* is a Rng\w+: a layer has parameters"),
+        ({"block": "NoParams"}, ModelError, r"NoParams has no parameters"),
+        ({"block": "Unmade"}, ModelError, r"Unmade \(.*\.py, line \d+\): AttributeError: .*no_such_field"),
+        ({"block": "Fails"}, ModelError, r"Fails \(.*\.py, line \d+\): TypeError: .*shape"),
+        ({"mlp_class": "Fails"}, ModelError, r"Fails \(.*\.py, line \d+\): TypeError: .*shape"),
+        ({"norm_class": "Fails"}, ModelError, r"Fails \(.*\.py, line \d+\): TypeError: .*shape"),
+        ({"attention_class": "Fails"}, ModelError, r"Fails \(.*\.py, line \d+\): TypeError: .*shape"),
         ({"mlp_class": "Narrow"}, ModelError, r"Narrow of a float32\[1, 4, 16\] returns float32\[1, 4, 1\]"),
     ],
     ids=str,
@@ -132,6 +158,18 @@ def test_module_that_does_not_fit_is_told_in_a_sentence(
 
     with pytest.raises(error, match=match):
         nnx.eval_shape(run)
+
+
+def test_attention_of_x_alone_is_called_with_x_alone_and_refuses_documents(module: str) -> None:
+    import jax.numpy as jnp
+
+    config = config_of(attention_class=f"{module}:NoParams")
+    block = Block(config, rngs=nnx.Rngs(0))
+    x_BTD = jnp.ones((1, 4, 16))
+    assert block(x_BTD).shape == x_BTD.shape
+    places = Places(positions=jnp.zeros((1, 4), int), segments=jnp.zeros((1, 4), int))
+    with pytest.raises(ModelError, match="NoParams is not told where documents begin"):
+        block.run(x_BTD, places=places)
 
 
 def test_size_that_tensor_does_not_divide_is_told_with_the_equation(module: str) -> None:

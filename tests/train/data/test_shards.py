@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,37 @@ def test_stopped_command_goes_on_with_the_shards_that_are_left() -> None:
     assert prepare("all.jsonl", out="out", shard_bytes=700) == whole
 
 
+CHILDREN = """
+import sys
+from pathlib import Path
+from trellax.train.data.shards.prepare_tokens import prepare_tokens
+
+def told(done, total):
+    print(*Path(f"/proc/self/task/{Path('/proc/thread-self').resolve().name}/children").read_text().split(), flush=True)
+    sys.stdin.read()
+
+if __name__ == "__main__":
+    prepare_tokens([Path("all.jsonl")], out=Path("out"), shard_bytes=500, num_processes=2, report=told)
+"""
+"""Prints its processes after the first shard, and waits."""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/thread-self").exists(), reason="lists processes as Linux does")
+def test_processes_end_with_a_command_that_is_killed() -> None:
+    Path("run.py").write_text(CHILDREN)
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "run.py"], **pipes) as command:
+        assert command.stdout is not None
+        children = command.stdout.readline().split()
+        assert len(children) >= 2
+        command.kill()
+    end_s = time.monotonic() + 20
+    while left := [one for one in children if Path(f"/proc/{one}").exists()]:
+        assert time.monotonic() < end_s, left
+        time.sleep(0.1)
+
+
 def test_damaged_lines_of_any_shard_are_named_by_their_number() -> None:
     lines = [*LINES]
     lines[7], lines[40] = b'{"text": "cut o\n', b"\xff\n"
@@ -168,10 +200,20 @@ def test_command_prepares_and_trains_a_tokenizer(capsys: pytest.CaptureFixture[s
     printed = capsys.readouterr()
     assert " tokens of 60 documents in " in printed.out
     assert "out: 1 shards, sha256 " in printed.out
-    assert printed.err.splitlines()[-1] == "0 of 0 MB"
+    assert printed.err.splitlines()[-1] == "0.0077 of 0.0077 MB"
     assert load("out", source="tokens").sha256 == load("all.jsonl", tokenizer="bpe").sha256
     assert main(["data", "prepare", "all.jsonl", "--tokenizer", "bpe", "--out", "out", "--processes=1", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["num_documents"] == 60
+
+
+def test_tokens_are_not_read_as_texts(capsys: pytest.CaptureFixture[str]) -> None:
+    prepare("all.jsonl", out="shards")
+    Path("texts").mkdir()
+    Path("texts/index.json").write_text("{}")
+    assert main(["data", "prepare", "texts", "--out", "of-texts"]) == 2
+    assert "DataError: SOURCE: 'texts' is a folder." in capsys.readouterr().err
+    assert main(["data", "prepare", "shards", "--out", "again"]) == 2
+    assert "DataError: SOURCE: shards holds the tokens that `trellax data prepare` made" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ class Damage:
         more = self.num_damaged - len(self.places)
         lines = "".join(f"\n  {place}" for place in self.places) + (f"\n  and {more:,} more" if more else "")
         raise DataError(
-            f"{self.num_damaged:,} of {self.num_records:,} records are damaged, more than {most:.1%}:{lines}",
+            f"{self.num_damaged:,} of {self.num_records:,} records are damaged, more than {_percent(most)}:{lines}",
             fix="repair these lines, or leave them out.",
         )
 
@@ -53,10 +53,18 @@ class Damage:
         return f"{self.num_damaged:,} of {self.num_records:,} records damaged and left out ({'; '.join(self.places)})"
 
 
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g}%"
+
+
+NAME_FIELD = "name the right one: data.text_field of a config, --text-field of `trellax data` and `trellax eval`."
+"""The `Fix:` line for a field that is not there, or holds something else."""
+
+
 def no_field(place: str, field: str, known: Sequence[str]) -> DataError:
     """Return the error for a record, or a table, without the field that is read."""
     names = ", ".join(shown(name, limit=40) for name in known[:20]) or "none"
     return DataError(
         f"{place}: there is no field {field!r}; the fields are {names}.{suggest(field, known)}",
-        fix="set data.text_field to the right one.",
+        fix=NAME_FIELD,
     )

@@ -9,7 +9,7 @@ from typing import IO, Any, Literal
 from ....meshes import DataError
 from ....meshes.errors import printable
 from ....meshes.files.regular_file import open_regular
-from .damage import no_field
+from .damage import NAME_FIELD, no_field
 from .extra import import_extra
 from .json_lines import Place
 
@@ -91,6 +91,4 @@ def _check_column(file: Path, field: str, schema: Any, holds: Holds) -> None:
         raise no_field(str(file), field, schema.names)
     kind = str(schema.field(field).type)
     if not kind.startswith(_TYPES[holds]):
-        raise DataError(
-            f"{file}: the column {field} is {kind}, {_NAMES[holds]}.", fix="set data.text_field to the right one."
-        )
+        raise DataError(f"{file}: the column {field} is {kind}, {_NAMES[holds]}.", fix=NAME_FIELD)

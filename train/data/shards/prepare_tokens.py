@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -31,6 +32,15 @@ if TYPE_CHECKING:
 
 _FILES = ("tokens", "documents", "mask")
 """Files of a shard in its entry; a mask is there for chats alone."""
+
+_MEANT = {
+    "sources": "the files (their names, sizes, times or --shard-mib)",
+    "tokenizer": "--tokenizer",
+    "end_id": "the tokenizer's end token",
+    "field": "--text-field",
+    "template": "the chat template",
+}
+"""What keys of the description of a folder are about."""
 
 Report = Callable[[int, int], object]
 """Called with bytes done and bytes in all, whenever a shard is finished."""
@@ -138,10 +148,10 @@ def _open_folder(out: Path, description: Mapping[str, Any]) -> dict[str, Any] | 
         return None
     if found is None:
         raise DataError(f"{out} is not empty, and holds no tokens.", fix="name another folder for --out.")
-    differ = [key for key, value in description.items() if found.get(key) != value]
+    differ = [_MEANT.get(key, key) for key, value in description.items() if found.get(key) != value]
     if differ:
         raise DataError(
-            f"{out} holds other tokens: {', '.join(differ)} differ.",
+            f"{out} holds the tokens of another corpus: these have changed: {', '.join(differ)}.",
             fix="name another folder for --out, or remove this one.",
         )
     return found if "shards" in found else None
@@ -179,9 +189,18 @@ def _write_shards(
 
 
 def _start_process() -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     # The first process decides: after Ctrl-C each of the others finishes its shard.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def _end_with_parent() -> None:
+    """End this process when the first one has ended: of a killed one it would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _write_index(

@@ -52,7 +52,8 @@ def train_tokenizer(files: Sequence[Path], *, out: Path, vocab_size: int, field:
     damage.check()
     if not num_texts:
         raise DataError("the corpus has no text.", fix="name files that hold something.")
-    tokenizer.save(str(out / TOKENIZER))
+    # Not by its own `save`, whose errors are no OSErrors.
+    (out / TOKENIZER).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     config = {"eos_token": END, "tokenizer_class": "PreTrainedTokenizerFast"}
     (out / "tokenizer_config.json").write_text(json.dumps(config) + "\n", encoding="utf-8")
     return tokenizer.get_vocab_size()
