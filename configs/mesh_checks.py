@@ -5,6 +5,7 @@ from typing import Any
 
 from ..layers import ModelConfig
 from ..layers.context.choice import choose_context_attention
+from ..layers.own.over_context import check_over_context
 from ..meshes import ConfigError, MeshSpec, ModelError, ScheduleError, TrellaxError
 from ..meshes.divisibility import check_divides, nearest_multiples
 from ..pipeline import resolve_layers
@@ -124,7 +125,8 @@ def _check_depth(config: RunConfig, mesh: MeshSpec) -> Iterator[TrellaxError]:
 
 
 def _check_context(config: RunConfig, mesh: MeshSpec) -> Iterator[TrellaxError]:
-    """Yield an error unless heads can be exchanged over context, where they are asked to be."""
+    """Yield an error unless attention reaches all tokens of a sequence, and by heads where it is asked to."""
+    yield from errors_of(check_over_context, config.model, context=mesh.context)
     how: dict[str, Any] = {"remat": config.pipeline.remat, "asked": config.pipeline.context_attention}
     if mesh.context > 1 and config.model.num_heads % mesh.tensor == 0:
         yield from errors_of(choose_context_attention, config.model, tensor=mesh.tensor, context=mesh.context, **how)

@@ -151,7 +151,7 @@ MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
             write_tokenizer(Path("bpe"), template=CHATML),
             prepare("chats.jsonl", out="out"),
         ],
-        "out holds other tokens: template differ",
+        "out holds the tokens of another corpus: these have changed: the chat template",
     ),
 }
 
