@@ -39,7 +39,7 @@ def config_with(key: str, name: str) -> ModelConfig:
     return replace(CONFIG, **fields)
 
 
-@pytest.mark.parametrize(("key", "name"), [("attention_class", "ByHand"), ("block", "NoiseBlock")])
+@pytest.mark.parametrize(("key", "name"), [("attention_class", "ByHand"), ("block", "ByHand")])
 def test_a_class_without_our_attention_is_refused_over_context(key: str, name: str) -> None:
     own = config_with(key, name)
     check_over_context(own, context=1)
