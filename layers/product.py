@@ -5,7 +5,7 @@ forward, the incoming gradient to e5m2 in the backward. Sums are in float32. The
 `shard_map` each device scales its own blocks: no maximum is sent, and a mesh changes results by the rounding.
 """
 
-from functools import partial
+from dataclasses import replace
 from typing import Any, Literal
 
 import jax
@@ -43,7 +43,7 @@ def multiply(
         # activation.
         y = _dot_rows(x.reshape(-1, num_features), kernel)
     else:
-        y = _multiply_fp8(x if x.ndim == 3 else x.reshape(1, -1, num_features), kernel)
+        y = _multiply_fp8(x.reshape(-1, num_features), kernel.reshape(num_features, -1))
     return y.reshape(*lead, *features)
 
 
@@ -61,34 +61,39 @@ def _dot_rows(x_nD: jax.Array, kernel: jax.Array, dtype: DTypeLike | None = None
 
 
 @jax.custom_vjp
-def _multiply_fp8(x_BTD: jax.Array, kernel: jax.Array) -> jax.Array:
-    return _forward(x_BTD, kernel)[0]
+def _multiply_fp8(x_nD: jax.Array, kernel_DF: jax.Array) -> jax.Array:
+    return _forward(x_nD, kernel_DF)[0]
 
 
-def _forward(x_BTD: jax.Array, kernel: jax.Array) -> tuple[jax.Array, Any]:
-    x, w = _quantize(x_BTD, _VALUE), _quantize(kernel, _VALUE)
-    return _dot(x, w, ((2,), (0,)), x_BTD.dtype), (x, w)
+def _forward(x_nD: jax.Array, kernel_DF: jax.Array) -> tuple[jax.Array, Any]:
+    x, w = _quantize(x_nD, _VALUE), _quantize(kernel_DF, _VALUE)
+    return _dot(x, w, (1, 0), x_nD.dtype), (x, w)
 
 
-def _backward(saved: tuple[Any, Any], grad: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _backward(saved: tuple[Any, Any], grad_nF: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, w = saved
-    g = _quantize(grad, _GRADIENT)
-    features = tuple(range(2, grad.ndim))
-    d_x = _dot(g, w, (features, tuple(range(1, grad.ndim - 1))), grad.dtype)
-    d_kernel = _dot(x, g, ((0, 1), (0, 1)), grad.dtype)
-    return d_x, sum_like(d_kernel, w.qvalue)
+    g = _quantize(grad_nF, _GRADIENT)
+    return _dot(g, w, (1, 1), grad_nF.dtype), sum_like(_dot(x, g, (0, 0), grad_nF.dtype), w.qvalue)
 
 
 _multiply_fp8.defvjp(_forward, _backward)
 
 
 def _quantize(array: jax.Array, qtype: str) -> Any:
-    return _qwix().quantize(array, qtype, scale_dtype=jnp.float32)
+    """Return values in eight bits and one scale, in float32 but a number of the array's dtype: exact in either."""
+    own = _qwix().quantize(array, qtype)
+    return replace(own, scale=own.scale.astype(jnp.float32))
 
 
-def _dot(left: Any, right: Any, contracting: tuple[tuple[int, ...], tuple[int, ...]], dtype: Any) -> jax.Array:
-    dot = partial(_qwix().dot_general, preferred_element_type=jnp.float32)
-    return dot(left, right, (contracting, ((), ()))).astype(dtype)
+def _dot(left: Any, right: Any, over: tuple[int, int], dtype: Any) -> jax.Array:
+    """Return the product of two quantized matrices over a dim of each, in a dtype; sums are in float32."""
+    dims = (((over[0],), (over[1],)), ((), ()))
+    if is_nvidia():
+        # XLA makes of this the product in eight bits with both scales inside, and cuBLASLt writes its result in the
+        # dtype. That of the values alone would be written in float32, for another kernel to read and scale.
+        a, b = (one.qvalue.astype(dtype) * one.scale.reshape(()).astype(dtype) for one in (left, right))
+        return jax.lax.dot_general(a, b, dims, preferred_element_type=dtype)
+    return _qwix().dot_general(left, right, dims, preferred_element_type=jnp.float32).astype(dtype)
 
 
 def _qwix() -> Any:

@@ -46,14 +46,7 @@ def _kept_bytes(model: ModelConfig, *, is_backward_split: bool, key_ranks: int, 
     """Return the bytes of a layer whose tokens are all on one device; most layouts of a search share them."""
     sizes["key_ranks"] = key_ranks
     deferred = split_backward_bytes(model, **sizes) + _misplaced_bytes(model, **sizes) if is_backward_split else 0.0
-    kept = activation_bytes(model, **sizes).layer + deferred
-    if model.matmuls == "fp8" and sizes["remat"] == "dots":
-        # Outputs of products in 8 bits are kept as they are, in float32.
-        tokens, tensor = sizes["num_sequences"] * sizes["num_tokens"], sizes["tensor"]
-        up = (2 if model.is_gated else 1) * model.ffn_size / tensor
-        width = attention_widths(model, tensor=tensor).projected + up
-        kept += tokens * width * (_FLOAT32 - item_bytes(model))
-    return kept
+    return activation_bytes(model, **sizes).layer + deferred
 
 
 def _misplaced_bytes(

@@ -149,6 +149,18 @@ def test_products_add_weight_gradients_to_their_sums(more: str, tmp_path: Path) 
     assert written == []
 
 
+def test_products_in_eight_bits_write_the_compute_dtype(tmp_path: Path) -> None:
+    sizes = "--data.seq_len 256 --model.max_tokens 256 --train.batch_size 64 --pipeline.microbatches 4"
+    words = f"{LLAMA} {sizes} --mesh.data 2 --mesh.tensor 2 --mesh.pipe 2 --model.matmuls fp8"
+    inspect(words, hlo=str(tmp_path / "step.hlo"))
+    program = HloModule.parse((tmp_path / "step.hlo").read_text())
+    narrow = [i for _, i in program.instructions() if i.text("custom_call_target") == "__cublas$lt$matmul$f8"]
+    made = [next(leaves(i.type)) for i in narrow]
+    assert {leaf.dtype for leaf in made} == {"bf16", "f32"}
+    # Those with a row for each of 8 x 256 tokens; gradients of weights are summed, in float32.
+    assert {leaf.dtype for leaf in made if 8 * 256 in leaf.dims} == {"bf16"}
+
+
 def test_memory_advice_is_near_what_the_changed_config_takes() -> None:
     words = "llama3-8b-8gpu h200:8 --pipeline.remat"
     before, after = (inspect(f"{words} {remat}")["memory_bytes"] for remat in ("dots", "full"))
