@@ -88,7 +88,8 @@ def test_eight_bits_on_a_mesh_are_those_of_one_device() -> None:
 @needs_qwix
 def test_backward_keeps_its_input_in_eight_bits() -> None:
     _, vjp = jax.vjp(lambda x: multiply(x, jnp.asarray(KERNEL), dtype="bfloat16", matmuls="fp8"), jnp.asarray(X))
-    assert [leaf.dtype for leaf in jax.tree.leaves(vjp) if leaf.size == X.size] == [jnp.float8_e4m3fn]
+    # The kernel, which has as many numbers, too.
+    assert [leaf.dtype for leaf in jax.tree.leaves(vjp) if leaf.size >= X.size] == [jnp.float8_e4m3fn] * 2
 
 
 def test_without_qwix_the_error_names_the_extra(
