@@ -67,7 +67,8 @@ def _layer_work(model: ModelConfig, *, layout: Layout, runtime: Runtime, num_tok
     if runtime.residuals != "trellax" and layout.remat == "none":
         return 0.0
     given: dict[str, Any] = {"runtime": runtime, "num_tokens": num_tokens}
-    # What magnitudes scale is kept already.
+    # What magnitudes scale is kept already; one more of these arrays waits for their gradient (one program's total).
+    has_magnitudes = model.lora_magnitude == "on"
     model = replace(model, lora_magnitude="off")
     whole = layer_activation_bytes(model, layout=replace(layout, remat="none"), **given)
     if runtime.residuals != "trellax":
@@ -76,8 +77,10 @@ def _layer_work(model: ModelConfig, *, layout: Layout, runtime: Runtime, num_tok
     tokens, item = layout.sequences * num_tokens / layout.context, item_bytes(model)
     features = (model.shared_size if model.num_experts else model.ffn_size) / layout.tensor
     num_up = 2 if model.is_gated else 1
-    # Of frozen kernels no gradient is made, for which inputs would wait beside these.
-    gradients = item * tokens * (num_up + 1) * features if not runtime.adapter_rank else 0.0
+    # Where the feed-forward is computed again, no gradient of a frozen kernel waits for its inner values (one program's
+    # total).
+    num_inner = num_up if runtime.adapter_rank and layout.remat == "full" else num_up + 1
+    gradients = item * tokens * (num_inner + has_magnitudes) * features
     gradients += boundary_bytes(model, layout=layout, **given)
     if layout.tensor > 1 and runtime.sequence_parallel == "on":
         # Of all tokens: the inputs of attention and of the feed-forward, the gradient that enters, and the one that

@@ -64,7 +64,7 @@ def test_a_small_step_on_h200() -> None:
     assert isinstance(traffic, list)
     ratios = {row["axis"]: round(row["ratio"], 2) for row in traffic if row["ratio"]}
     # The backward gathers the inputs of attention and feed-forward again: in a block 1.25 times.
-    assert ratios == {"data": 1.0, "data+tensor": 1.0, "pipe": 1.0, "pipe+tensor": 1.0, "tensor": 1.19}
+    assert ratios == {"data": 1.0, "data+tensor": 1.0, "pipe": 1.0, "pipe+tensor": 1.0, "tensor": 1.2}
 
 
 SEQ, VOCAB = 1280, 8192
