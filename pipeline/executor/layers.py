@@ -229,9 +229,13 @@ def input_grad_layers(
         changed = {n: new for n, (new, before) in enumerate(zip(kept, old, strict=True)) if new is not before}
         own = [*own]
         # For what reads an entry after its write XLA would copy the whole buffer.
-        early, dx = hold({n: (own[n], changed[n]) for n in split.early}, until=dx)
+        for n, other in split.early.items():
+            if other is None:
+                (own[n], changed[n]), dx = hold((own[n], changed[n]), until=dx)
+            else:
+                (own[n], changed[n]), changed[other] = hold((own[n], changed[n]), until=changed[other])
         for n, new in changed.items():
-            own[n] = write(*early.get(n, (own[n], new)), slot, place.index)
+            own[n] = write(own[n], new, slot, place.index)
         return vary_like(dx, dy), buffers | {place.kind: own}
 
     dx, residuals = stack.loop(work, (dy, state.residuals), is_reversed=True)

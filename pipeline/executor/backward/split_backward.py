@@ -44,7 +44,8 @@ class SplitBackward:
 
     num_saved: number of residuals that the forward keeps.
     extra: types of the entries that the first half adds.
-    early: positions of residuals that a cut replaces though the first half may read them after the cut is made.
+    early: position of each residual that a cut replaces though the first half may read it after the cut is made; and
+        that of a cut which is made after all reads of it, None where dx alone is.
     """
 
     def __init__(self, vjp: LayerVjp, params: Any, residuals: list[Any], given: Given, grad: list[Any]) -> None:
@@ -100,7 +101,7 @@ class SplitBackward:
         cuts = cuts_between(self._first, self._second, grads, given=self._jaxpr.invars[-self._num_x :])
         return [v for v in cuts if v not in again]
 
-    def _place_cuts(self) -> tuple[list[int], list[jax.ShapeDtypeStruct], frozenset[int]]:
+    def _place_cuts(self) -> tuple[list[int], list[jax.ShapeDtypeStruct], dict[int, int | None]]:
         """Return a position for every cut, the types of the positions that are new, and those that are replaced early.
 
         A cut takes the place of a residual of its type that the second half does not read, if there is one; rather of
@@ -109,22 +110,31 @@ class SplitBackward:
         # Parameters come before the residuals among the inputs.
         saved = self._jaxpr.invars[self._num_before : self._num_before + self.num_saved]
         read = {v for eqn in self._second for v in eqn.invars if isinstance(v, Var)}
-        free = [(index, v) for index, v in enumerate(saved) if v not in read]
-        places, extra, early = [], [], set()
-        for cut in self._cuts:
-            aval: Any = cut.aval
-            others = without(self._first, needed(self._first, [cut]))
-            late = {v for eqn in others for v in eqn.invars if isinstance(v, Var)}
-            matches = [entry for entry in free if _is_like(entry[1].aval, aval)]
-            match = min(matches, key=lambda entry, late=late: entry[1] in late, default=None)
-            if match is None:
-                places.append(self.num_saved + len(extra))
-                extra.append(type_of(cut))
-                continue
-            free.remove(match)
-            places.append(match[0])
-            early |= {match[0]} if match[1] in late else set()
-        return places, extra, frozenset(early)
+        free = {index: v for index, v in enumerate(saved) if v not in read}
+        late = {cut: self._read_without(cut) for cut in self._cuts}
+        places: dict[Var, int] = {}
+        for may_wait in (False, True):
+            for cut in self._cuts:
+                fits = (n for n, v in free.items() if _is_like(v.aval, cut.aval) and (may_wait or v not in late[cut]))
+                match = None if cut in places else next(fits, None)
+                if match is not None:
+                    places[cut] = match
+                    del free[match]
+        new = [cut for cut in self._cuts if cut not in places]
+        places |= {cut: self.num_saved + number for number, cut in enumerate(new)}
+
+        def last_read(v: Var) -> int | None:
+            return next((places[other] for other in self._cuts if v not in late[other]), None)
+
+        replaced = [(places[cut], saved[places[cut]]) for cut in self._cuts if cut not in new]
+        cut_at = {place: cut for cut, place in places.items()}
+        early = {place: last_read(v) for place, v in replaced if v in late[cut_at[place]]}
+        return [places[cut] for cut in self._cuts], [type_of(cut) for cut in new], early
+
+    def _read_without(self, cut: Var) -> set[Var]:
+        """Return what the equations of the first half read on which a cut does not depend."""
+        others = without(self._first, needed(self._first, [cut]))
+        return {v for eqn in others for v in eqn.invars if isinstance(v, Var)}
 
 
 def _shape(var: Any) -> tuple[int, ...]:

@@ -160,9 +160,9 @@ def test_residuals_that_are_read_after_their_cut_is_made_are_named() -> None:
     # dw = sin(x).T @ dy: the gradient of the output waits in the place of cos(x), by which dy @ w.T is multiplied last.
     own = halves_of(late, w, x).split.own
     kept = plan_plain(late, w, x, None).forward(w, x, None)[1]
-    assert [np.allclose(kept[place], jnp.cos(x)) for place in own.early] == [True]
+    assert [(np.allclose(kept[place], jnp.cos(x)), until) for place, until in own.early.items()] == [(True, None)]
     # That of tanh is multiplied by its residual first, and waits in its place.
-    assert halves_of(lambda w, x, _: jnp.tanh(x @ w), w, x).split.own.early == frozenset()
+    assert halves_of(lambda w, x, _: jnp.tanh(x @ w), w, x).split.own.early == {}
 
 
 @pytest.mark.parametrize(("style", "remat"), EVERY_LAYER)
