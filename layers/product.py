@@ -5,7 +5,6 @@ forward, the incoming gradient to e5m2 in the backward. Sums are in float32. The
 `shard_map` each device scales its own blocks: no maximum is sent, and a mesh changes results by the rounding.
 """
 
-from dataclasses import replace
 from typing import Any, Literal
 
 import jax
@@ -80,9 +79,8 @@ _multiply_fp8.defvjp(_forward, _backward)
 
 
 def _quantize(array: jax.Array, qtype: str) -> Any:
-    """Return values in eight bits and one scale, in float32 but a number of the array's dtype: exact in either."""
-    own = _qwix().quantize(array, qtype)
-    return replace(own, scale=own.scale.astype(jnp.float32))
+    # The scale is computed in the array's dtype, so it is exact in either.
+    return _qwix().quantize(array, qtype, scale_dtype=jnp.float32)
 
 
 def _dot(left: Any, right: Any, over: tuple[int, int], dtype: Any) -> jax.Array:

@@ -71,7 +71,7 @@ def format_page(accuracies: Sequence[Accuracy], rankings: Sequence[Ranking]) -> 
         ),
         "## What was fitted\n\nAll other rows are held out.\n\n" + _table(("source", "rows with", "constants"), fitted),
         "## How layouts are ranked\n\nOf every sweep: the measured time of the layout that the planner puts first, "
-        "over the best one measured. Layouts of a sweep that are measured within 5% of its best are near ties.\n"
+        "over the best one measured.\nLayouts of a sweep that are measured within 5% of its best are near ties. "
         "Noise is the largest difference between rows of one layout, with the number of layouts that have several.\n\n"
         + _table(
             ("source", "sweeps", "within 5%", "mean", "worst", "near ties", "noise", "row"),

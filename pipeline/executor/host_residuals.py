@@ -4,11 +4,12 @@ All ranks do both copies in every turn that may have one, outside of the conditi
 them run beside an action. A rank that has nothing to copy reads a slot that it does not use, and writes one that nobody
 reads.
 
-    turn    load --------> action (forward) -------> land, pack, store ------> next action or exchange
+    turn    load --------> action (forward) -------> pack, land, store ------> next action or exchange
             host slot      beside the load           ring slots                beside the store
 
-The load comes before the store to the same buffer. The other way around, or in no order, XLA copies the whole buffer in
-every turn. XLA lets two copies run at a time, so all residuals of a dtype travel in one array.
+The load comes before the store to the same buffer, and what leaves the ring is packed before what arrived lands there.
+The other way around, or in no order, XLA copies the whole buffer in every turn. XLA lets two copies run at a time, so
+all residuals of a dtype travel in one array.
 """
 
 import math

@@ -228,7 +228,7 @@ def input_grad_layers(
         # Only what changed is written: a write of the same value would cost a copy of the entry.
         changed = {n: new for n, (new, before) in enumerate(zip(kept, old, strict=True)) if new is not before}
         own = [*own]
-        # For what reads an entry after its write XLA would copy the whole buffer.
+        # A cut that is early is written when its place has been read, see `split_backward.py`.
         for n, other in split.early.items():
             if other is None:
                 (own[n], changed[n]), dx = hold((own[n], changed[n]), until=dx)

@@ -24,6 +24,7 @@ from ...layers.dropout import BranchNoise
 from ...layers.experts.kinds import LayerKind, layer_kinds, layer_pattern
 from ...layers.lora.check_config import ADAPTERS, TRAINED
 from ...layers.lora.nf4 import is_nf4
+from ...layers.own.over_context import check_over_context
 from ...layers.vocabulary import resize_tables, stored_words
 from ...meshes import DEFAULT_RULES, ScheduleError, ShardingError, ShardingRules
 from ...meshes.arguments import check_choice
@@ -88,7 +89,7 @@ def split_transformer(
         shard, rules: how often weights split over batch axes are gathered; fitted by `layers.model_rules`.
 
     Raises:
-        TrellaxError: an axis of several devices has no role, or layers or a parameter do not split over theirs.
+        TrellaxError: an axis has no role, layers or a parameter do not split over theirs, or a class not over context.
     """
     rules = _place_vocab(rules, vocab, mesh)
     sizes = {"num_ranks": mesh.shape[rules.mesh_axes.pipe], "num_chunks": num_chunks}
@@ -156,6 +157,7 @@ def _cast_frozen(dtype: str, params: PipelineParams) -> PipelineParams:
 
 def _stage_fns(model: Transformer, remat: Remat, counts: tuple[int, ...], mesh: Mesh, loss: LossFn) -> StageFns:
     config, rules = model.config, model.head.rules
+    check_over_context(config, context=math.prod(mesh.shape.get(axis, 1) for axis in rules.mesh_axes.having("context")))
     graphs: dict[str, Any] = {name: nnx.split(getattr(model, name))[0] for name in ("embed", "head")}
 
     def first(shared: Any, microbatch: Mapping[str, jax.Array]) -> jax.Array:

@@ -12,6 +12,10 @@ The backward's equations are sliced by what dx depends on (Qi et al. 2024, "Zero
 not read s, and da has its shape and dtype, so da takes the place of s in the residuals buffer: splitting this layer
 costs no memory. A cut for which there is no such place gets a buffer of its own (`extra`).
 
+Of y = x + sin(x) @ w, with residuals sin(x) and cos(x), dw = sin(x).T @ dy needs the output's gradient, so dy is a cut.
+It takes the place of cos(x), which the first half reads last: dx = dy + (dy @ w.T) * cos(x). So dy is there too early,
+and is written when dx is done (`early`): were it in no order, XLA would copy the whole buffer for the late reader.
+
 Under `jax.checkpoint` a layer keeps only x; its first half recomputes the rest, and the part of it that the second half
 reads becomes extra entries. docs/internals/split-backward.md has the memory that this takes, as measured. A scan or
 loop inside the layer is one equation and runs where its input gradient is due; branches are split by
@@ -44,8 +48,8 @@ class SplitBackward:
 
     num_saved: number of residuals that the forward keeps.
     extra: types of the entries that the first half adds.
-    early: position of each residual that a cut replaces though the first half may read it after the cut is made; and
-        that of a cut which is made after all reads of it, None where dx alone is.
+    early: for each residual that is replaced by a cut and may be read after the cut is made, its position, and what has
+        to be made before the cut is written: the position of another cut, or None for dx.
     """
 
     def __init__(self, vjp: LayerVjp, params: Any, residuals: list[Any], given: Given, grad: list[Any]) -> None:
@@ -123,12 +127,11 @@ class SplitBackward:
         new = [cut for cut in self._cuts if cut not in places]
         places |= {cut: self.num_saved + number for number, cut in enumerate(new)}
 
-        def last_read(v: Var) -> int | None:
+        def made_after(v: Var) -> int | None:
             return next((places[other] for other in self._cuts if v not in late[other]), None)
 
-        replaced = [(places[cut], saved[places[cut]]) for cut in self._cuts if cut not in new]
-        cut_at = {place: cut for cut, place in places.items()}
-        early = {place: last_read(v) for place, v in replaced if v in late[cut_at[place]]}
+        replaced = [(cut, place, saved[place]) for cut, place in places.items() if place < self.num_saved]
+        early = {place: made_after(v) for cut, place, v in replaced if v in late[cut]}
         return [places[cut] for cut in self._cuts], [type_of(cut) for cut in new], early
 
     def _read_without(self, cut: Var) -> set[Var]:

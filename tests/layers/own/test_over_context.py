@@ -8,9 +8,10 @@ import pytest
 from flax import nnx
 from trellax.configs import load_config
 from trellax.configs.check import check_run
-from trellax.layers import ModelConfig
+from trellax.layers import ModelConfig, model_rules
 from trellax.layers.own.over_context import check_over_context
-from trellax.meshes import ModelError, ShardingRules, TrellaxError
+from trellax.meshes import MeshSpec, ModelError, ShardingRules, TrellaxError, build_mesh
+from trellax.pipeline import split_transformer
 
 from ...pipeline import own_blocks
 
@@ -53,6 +54,14 @@ def test_a_class_without_our_attention_is_refused_over_context(key: str, name: s
 )
 def test_a_class_with_our_attention_or_that_sends_tokens_itself_is_not(key: str, name: str) -> None:
     check_over_context(config_with(key, name), context=4)
+
+
+def test_a_model_is_refused_on_a_mesh_of_ones_own() -> None:
+    spec, config = MeshSpec.parse("context=2"), config_with("attention_class", "ByHand")
+    mesh = build_mesh(spec, devices=jax.devices()[:2])
+    rules = model_rules(config, mesh.shape, rules=ShardingRules.of(spec.roles))
+    with pytest.raises(ModelError, match="ByHand has no Attention of trellax"):
+        split_transformer(config, mesh=mesh, rules=rules)
 
 
 def test_a_run_is_refused_before_it_begins() -> None:
