@@ -8,16 +8,13 @@ of Pascanu et al. 2013. Read `step.py` for the use.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import optax.contrib
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from optax.contrib import MuonDimensionNumbers
 
 from ..configs.rate_schedules import OWN_SCHEDULES, make_optax_schedule
 from ..configs.run_config import OptimizerSection
@@ -26,9 +23,7 @@ from ..meshes import ConfigError
 from ..meshes.arguments import check_count, check_number
 from ..meshes.errors import shown
 from ..pipeline import PipelineParams
-
-_ADAMW_RMS = 0.2
-"""Root mean square of an AdamW update over the learning rate, to which Muon's is scaled (Liu et al. 2025)."""
+from .muon import make_muon
 
 _MOST_LOOKED_AT = 1000
 """Steps whose learning rate is computed before a run."""
@@ -118,17 +113,23 @@ def _make_fraction(section: OptimizerSection, *, steps: int) -> Callable[[Any], 
 
 
 def make_optimizer(
-    section: OptimizerSection, *, steps: int, peak: Any = None, norm: jax.Array | None = None, ema: float = 0.0
+    section: OptimizerSection,
+    *,
+    steps: int,
+    peak: Any = None,
+    norm: jax.Array | None = None,
+    ema: float = 0.0,
+    shardings: PipelineParams | None = None,
 ) -> optax.GradientTransformation:
     """Return clipping by global norm, then AdamW with weight decay on matrices; `peak` as in `make_learning_rate`.
 
-    With `kind="muon"` the kernels of layers are updated by Muon (Jordan 2024): their momentum, with its singular values
-    set near 1, scaled to the size of an AdamW update (Liu et al. 2025, section 2.2). Each layer's kernel is one matrix,
-    however it is split.
+    With `kind="muon"` the kernels of layers are updated by Muon (`muon.py`). Each layer's kernel is one matrix, however
+    it is split.
 
     Args:
         norm: the global norm float32[], to update some of the parameters alone; that of what is given if left out.
         ema: decay of an average of the weights, below 1, which the state then has too; 0 for none.
+        shardings: those of the gradients, for Muon; left out, kernels are whole, as they are where a state is made.
 
     Raises:
         ConfigError: there are no steps, or the decay is not a number of 0 or more.
@@ -145,13 +146,7 @@ def make_optimizer(
     )
     update: Any = adamw
     if section.kind == "muon":
-        muon = optax.contrib.muon(
-            rate,
-            weight_decay=section.weight_decay,
-            # Kernels are stacked, [chunks, ranks, layers, D, F]; untold, optax takes only [D, F] for a matrix.
-            muon_weight_dimension_numbers=partial(jax.tree.map, lambda _: MuonDimensionNumbers(-2, -1)),
-            consistent_rms=_ADAMW_RMS,
-        )
+        muon = make_muon(rate, weight_decay=section.weight_decay, shardings=shardings)
         update = optax.partition({"muon": muon, "adamw": adamw}, _find_optimizers)
     clip = optax.clip_by_global_norm(section.clip_norm) if norm is None else _clip_by(norm, limit=section.clip_norm)
     return optax.chain(clip, update, average_weights(ema)) if ema else optax.chain(clip, update)

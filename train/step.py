@@ -116,7 +116,8 @@ def _update(
         lr = jnp.asarray(make_learning_rate(setup.config.optimizer, **rates)(state.step - state.health.skipped))
         # Parts are clipped by the norm of all gradients.
         norm, update = (grad_norm, update_by_parts) if setup.is_offloaded else (None, apply_update)
-        optimizer = make_optimizer(setup.config.optimizer, **rates, norm=norm, ema=section.ema)
+        given: dict[str, Any] = {"norm": norm, "ema": section.ema, "shardings": setup.moment_shardings}
+        optimizer = make_optimizer(setup.config.optimizer, **rates, **given)
         held = {"opt_state": state.opt_state, "params": state.params}
         return *update(optimizer, grads=grads, **held, good=good), lr
 
