@@ -229,45 +229,55 @@ def _rank_state(
         state["weights"] = state["weights"] * (1 + adapters) + own
     state["optimizer"] *= 1 - runtime.kernel_saving_bytes / runtime.optimizer_state_bytes * kernels / params
     # An update is float32 and split as the moments are.
-    updates = _FLOAT32 * params / (layout.replicas * layout.context if layout.zero or layout.fsdp > 1 else 1)
+    updates = _FLOAT32 * params / _update_shards(layout)
     return state | {"layers": state["gradients"] * kernels / params, "updates": updates}
 
 
-def _muon_bytes(layers: KindCounts, *, layout: Layout, updates: float) -> float:
-    """Return the bytes of Muon's update: all updates, and the largest kernel of all layers of a kind four times.
+def _update_shards(layout: Layout) -> int:
+    """Return by how many devices moments and updates of a parameter are split over data and context."""
+    return layout.replicas * layout.context if layout.zero or layout.fsdp > 1 else 1
 
-    XLA gathers kernels over tensor and data for the iteration on their singular values. Four is what the totals of
-    programs for H200 with tensor=4 pipe=2 and with tensor=2 pipe=4 leave (3.9 and 4.0); the buffers were not read.
+
+def _muon_bytes(layers: KindCounts, *, layout: Layout, updates: float) -> float:
+    """Return the bytes of Muon's update: those of all parameters, and a part of the largest kernel besides.
+
+    Kernels are exchanged one after another (`../../train/muon.py`), and the update of one is as large as its part.
     """
-    largest = 0
+    largest = 0.0
     for kind, count in layers:
         dense = kind.shared_size if kind.num_experts else kind.ffn_size
         experts = kind.num_experts // layout.expert * kind.expert_size
-        largest = max(largest, count * kind.hidden_size * max(dense, experts, kind.query_size))
-    return updates + 4 * _FLOAT32 * largest
+        largest = max(largest, count * kind.hidden_size * max(dense, experts, kind.query_size) / layout.tensor)
+    return updates + _FLOAT32 * largest / _update_shards(layout)
 
 
 def _unrolled_bytes(layers: KindCounts, *, layout: Layout, runtime: Runtime, num_tokens: int) -> float:
     """Return the bytes that a layer alone of its kind keeps in spite of rematerialization.
 
-    XLA unrolls loops of one layer, and merges the recomputation in the backward with the forward.
+    XLA unrolls loops of one layer, and merges the recomputation in the backward with the forward; not that of the
+    feed-forward where layers gather their weights.
     """
     given: dict[str, Any] = {"runtime": runtime, "num_tokens": num_tokens}
     whole = replace(layout, remat="none")
-    alone = [kind for kind, count in layers if count == 1 and layout.remat != "none"]
-    return sum(
-        layer_activation_bytes(kind, layout=whole, **given)
-        - layer_activation_bytes(kind, layout=layout, **given)
-        + score_bytes(kind, layout=layout, **given)
-        for kind in alone
-    )
+    tokens = layout.sequences * num_tokens / layout.context
+
+    def kept(kind: ModelConfig) -> float:
+        merged = layer_activation_bytes(kind, layout=whole, **given)
+        merged -= layer_activation_bytes(kind, layout=layout, **given)
+        if layout.zero == 3 and not kind.num_experts:
+            num_inner = (2 if kind.is_gated else 1) * (layout.remat == "full") + 1
+            merged -= item_bytes(kind) * tokens * num_inner * kind.ffn_size / layout.tensor
+        return merged + score_bytes(kind, layout=layout, **given)
+
+    return sum(kept(kind) for kind, count in layers if count == 1 and layout.remat != "none")
 
 
 def _gathered_bytes(layers: HeldLayers, *, layout: Layout, runtime: Runtime, slots: int) -> float:
     """Return the bytes of gathered parameters where layers gather their own, or chunks into so many slots.
 
-    trellax has about one layer's at a time: the next one's come as those of the layer at work are used up. In PyTorch
-    both are there, and the gradient before it is sent.
+    trellax has about one layer's at a time: the next one's come as those of the layer at work are used up. In turns of a
+    pipeline, whose loop of layers has the next one's beside them, and in PyTorch both are there, and in PyTorch the
+    gradient before it is sent.
     """
     if not layout.splits_gradients:
         return 0.0
@@ -279,7 +289,9 @@ def _gathered_bytes(layers: HeldLayers, *, layout: Layout, runtime: Runtime, slo
         chunk = layers.stored if layout.pipe == 1 else layers.room
         return (slots if layout.pipe > 1 else 1) * sum(count * bytes_of(kind) for kind, count in chunk)
     own = max(bytes_of(kind) for kind, _ in layers.stored)
-    return own if runtime.residuals == "trellax" else 3.0 * own
+    if runtime.residuals == "trellax":
+        return 2.0 * own if layout.pipe > 1 else own
+    return 3.0 * own
 
 
 def _split_state(layout: Layout, runtime: Runtime, *, params: float, whole: float, experts: float) -> dict[str, float]:
@@ -302,7 +314,7 @@ def _split_state(layout: Layout, runtime: Runtime, *, params: float, whole: floa
 def _state_bytes(layout: Layout, runtime: Runtime) -> dict[str, float]:
     """Return bytes per parameter on a device: what the runtime keeps, divided by the shards that split it."""
     # Over all copies of a parameter: the optimizer state, then parameters too; ZeRO-3 and fsdp split all over data.
-    shards = layout.replicas * layout.context if layout.zero or layout.fsdp > 1 else 1
+    shards = _update_shards(layout)
     every = layout.replicas * layout.context
     whole = every if layout.splits_gradients else 1
     weights = every if layout.zero == 2 else whole
