@@ -55,13 +55,7 @@ def test_a_case_without_a_number_is_a_miss_and_says_why() -> None:
     assert [(target.measured, target.is_met) for target in targets_of(rows)] == [(1, False), (38, False)]
 
 
-FAR = (
-    "data=4 tensor=1 pipe=2 remat=full shard=layer microbatches=8",
-    "data=2 expert=4 num_layers=12",
-    "data=1 expert=8 shard=step remat=dots microbatches=4 num_layers=12",
-    "deepseek-v2-lite-8gpu data=4 expert=2",
-    "kind=muon tensor=4 pipe=2 remat=full",
-)
+FAR = ("qwen3-30b-a3b-8gpu data=2 expert=4 num_layers=12",)
 """Cases that are farther off than asked for: RESULTS.md says by how much."""
 
 
