@@ -28,6 +28,9 @@ from .muon import make_muon
 _MOST_LOOKED_AT = 1000
 """Steps whose learning rate is computed before a run."""
 
+_STACK_DIMS = 3
+"""Leading dims of a layer's parameter: [chunks, ranks, layers, ...]."""
+
 _DECAYED = ("kernel", "table", "positions", "weight", *ADAPTERS)
 """Names of matrices, adapters and weights of routers too, which have weight decay; norm scales and biases have none."""
 
@@ -204,10 +207,13 @@ def optimizer_shardings(state: Any, like_params: PipelineParams, mesh: Mesh) -> 
 
 
 def _find_optimizers(params: PipelineParams) -> Any:
-    """Return the optimizer of each parameter: Muon for kernels of layers."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: "muon" if getattr(path[-1], "key", None) == "kernel" else "adamw", params
-    )
+    """Return the optimizer of each parameter: Muon for kernels of layers, [chunks, ranks, layers, ..., D, F]."""
+
+    def choose(path: Any, leaf: Any) -> str:
+        # A user's class may name a vector so.
+        return "muon" if getattr(path[-1], "key", None) == "kernel" and leaf.ndim >= _STACK_DIMS + 2 else "adamw"
+
+    return jax.tree_util.tree_map_with_path(choose, params)
 
 
 def _is_decayed(params: Any) -> Any:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from ...layers import ModelConfig
+from ...layers.lora.linears import Linear, linears_of
 from ...schedules.chunk_weights import count_gathers
 from ..machines.collective_time import CollectiveKind, Group, collective_time_s, make_group
 from ..machines.kernel_time import memory_time_s
@@ -26,6 +27,8 @@ Ends = tuple[End, ...]
 
 # Gathered parameters are in 16 bit.
 _WEIGHT_BYTES = 2
+# Of Newton and Schulz in Muon (Jordan 2024).
+_ITERATIONS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,9 +137,26 @@ def update_time(
         gather=times * time_of("all_gather", _WEIGHT_BYTES, sent) if is_split else 0.0,
         reduce=reduce * (layout.microbatches if layout.splits_gradients else 1),
         tied=0.0 if "head" in ends else _tied_s(model, layout=layout, runtime=runtime, topology=topology),
-        optimizer=memory_time_s(topology.accelerator, num_bytes=moved)
+        optimizer=memory_time_s(topology.accelerator, num_bytes=moved) + _muon_s(layers, layout, runtime, topology)
         + _copies_s(layout, topology, num_bytes=runtime.optimizer_state_bytes * trained / shards),
     )
+
+
+def _muon_s(layers: KindCounts, layout: Layout, runtime: Runtime, topology: Topology) -> float:
+    """Return the seconds of the products of a Muon, if it is one, which all devices of a pipeline rank divide (`../../train/muon.py`).
+
+    Each of five iterations multiplies a kernel [D, F] with D <= F by its transpose, the product by itself, and both.
+    """
+
+    if not runtime.kernel_saving_bytes:
+        return 0.0
+
+    def flops(linear: Linear) -> float:
+        rows, columns = sorted((linear.num_in, linear.num_out))
+        return _ITERATIONS * linear.copies * 2.0 * (2 * rows * rows * columns + rows**3)
+
+    whole = sum(count * sum(map(flops, linears_of(kind))) for kind, count in layers)
+    return whole * layout.pipe / layout.num_devices / topology.accelerator.matmul_flops_per_s("float32")
 
 
 def _cast_bytes(layers: KindCounts, *, layout: Layout, runtime: Runtime) -> float:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import pytest
 from trellax.configs import load_config
@@ -56,3 +57,11 @@ def test_weight_decay_leaves_norms_and_biases_unchanged() -> None:
     assert float(updates.shared["embed"]["table"].max()) < 0
     assert float(jnp.abs(updates.stages["up"]["bias"]).max()) == 0
     assert float(jnp.abs(updates.shared["norm"]["scale"]).max()) == 0
+
+
+def test_muon_leaves_vectors_named_kernel_to_adamw() -> None:
+    optimizer: Any = make_optimizer(load_config("tiny-dense", ["--optimizer.kind=muon"]).optimizer, steps=20)
+    stages = {"up": {"kernel": jnp.ones((1, 1, 2, 4, 4))}, "own": {"kernel": jnp.ones((1, 1, 2, 4))}}
+    state = optimizer.init(PipelineParams(stages=stages, shared={}))[1].inner_states
+    muon, adamw = ({leaf.shape for leaf in jax.tree.leaves(state[name]) if leaf.ndim > 1} for name in ("muon", "adamw"))
+    assert (muon, adamw) == ({(1, 1, 2, 4, 4)}, {(1, 1, 2, 4)})
