@@ -36,7 +36,7 @@ _AT_ONCE = 2**24
 def make_muon(
     rate: Callable[[Any], Any], *, weight_decay: float, shardings: Any = None
 ) -> optax.GradientTransformation:
-    """Return Muon for a tree of kernels [chunks, ranks@pipe, layers, ..., D, F], with the state of `optax.contrib.muon`.
+    """Return Muon for kernels [chunks, ranks@pipe, layers, ..., D, F], with the state of `optax.contrib.muon`.
 
     Args:
         rate: step -> learning rate.

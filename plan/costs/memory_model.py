@@ -275,9 +275,8 @@ def _unrolled_bytes(layers: KindCounts, *, layout: Layout, runtime: Runtime, num
 def _gathered_bytes(layers: HeldLayers, *, layout: Layout, runtime: Runtime, slots: int) -> float:
     """Return the bytes of gathered parameters where layers gather their own, or chunks into so many slots.
 
-    trellax has about one layer's at a time: the next one's come as those of the layer at work are used up. In turns of a
-    pipeline, whose loop of layers has the next one's beside them, and in PyTorch both are there, and in PyTorch the
-    gradient before it is sent.
+    trellax has about one layer's at a time: the next one's come as those of the layer at work are used up. In the turns
+    of a pipeline both are there, and in PyTorch, with the gradient before it is sent.
     """
     if not layout.splits_gradients:
         return 0.0

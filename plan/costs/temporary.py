@@ -118,11 +118,9 @@ def _round_bytes(model: ModelConfig, *, layout: Layout, tokens: int) -> float:
     kernels = expert_matrices(model, tensor=layout.tensor, expert=layout.expert)
     if model.expert_overflow == "drop" or capacity >= tokens:
         return item * (rows * (2 * d + features) + kernels)
-    if layout.remat == "full":
-        further = max(2 * d + 2 * features, 6 * d + 2 * f)
-    else:
-        # Nothing of the first round is counted with what is recomputed: a third array of rows, and features.
-        further = 7 * d + (2 * num_up + 1) * f
+    # Where nothing of the first round is recomputed, a third array of rows waits, and the features.
+    waiting = 7 * d + (2 * num_up + 1) * f
+    further = max(2 * d + 2 * features, 6 * d + 2 * f) if layout.remat == "full" else waiting
     # Results and gradients of rows wait for their sums over tensor.
     further += 2 * d if layout.tensor > 1 else 0
     return item * (rows * (2 * d + further) + 3 * kernels)

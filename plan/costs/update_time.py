@@ -137,17 +137,18 @@ def update_time(
         gather=times * time_of("all_gather", _WEIGHT_BYTES, sent) if is_split else 0.0,
         reduce=reduce * (layout.microbatches if layout.splits_gradients else 1),
         tied=0.0 if "head" in ends else _tied_s(model, layout=layout, runtime=runtime, topology=topology),
-        optimizer=memory_time_s(topology.accelerator, num_bytes=moved) + _muon_s(layers, layout, runtime, topology)
+        optimizer=memory_time_s(topology.accelerator, num_bytes=moved)
+        + _muon_s(layers, layout, runtime, topology)
         + _copies_s(layout, topology, num_bytes=runtime.optimizer_state_bytes * trained / shards),
     )
 
 
 def _muon_s(layers: KindCounts, layout: Layout, runtime: Runtime, topology: Topology) -> float:
-    """Return the seconds of the products of a Muon, if it is one, which all devices of a pipeline rank divide (`../../train/muon.py`).
+    """Return the seconds of the products of Muon, which all devices of a pipeline rank divide; 0 for another optimizer.
 
-    Each of five iterations multiplies a kernel [D, F] with D <= F by its transpose, the product by itself, and both.
+    They are in `../../train/muon.py`. Each of five iterations multiplies a kernel [D, F] with D <= F by its transpose,
+    the product by itself, and both.
     """
-
     if not runtime.kernel_saving_bytes:
         return 0.0
 
