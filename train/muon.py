@@ -50,7 +50,7 @@ def make_muon(
         optax.scale_by_learning_rate(rate),
     )
     # Named as `optax.contrib.muon` names its state, which also has an Adam for no parameters: saved runs have both.
-    both = {"muon": parts, "adam": optax.adamw(rate)}
+    both: Any = {"muon": parts, "adam": optax.adamw(rate)}
     return optax.partition(both, lambda params: jax.tree.map(lambda _: "muon", params))
 
 
@@ -58,14 +58,14 @@ def _nesterov_momentum() -> optax.GradientTransformation:
     """Return the momentum of Muon, with Nesterov's look ahead and without the bias of its start from 0."""
     whole: Any = optax.contrib.scale_by_muon(beta=_MOMENTUM)
 
-    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params
         count = optax.safe_increment(state.count)
-        moments = optax.tree.update_moment(grads, state.mu, _MOMENTUM, 1)
+        moments = optax.tree.update_moment(updates, state.mu, _MOMENTUM, 1)
         ahead = jax.tree.map(
             lambda moment, grad: _MOMENTUM * moment + (1 - _MOMENTUM) * grad,
             optax.tree.bias_correction(moments, _MOMENTUM, optax.safe_increment(count)),
-            optax.tree.bias_correction(grads, _MOMENTUM, count),
+            optax.tree.bias_correction(updates, _MOMENTUM, count),
         )
         return ahead, MuonState(count=count, mu=moments, ns_coeffs=state.ns_coeffs)
 

@@ -178,8 +178,9 @@ def _further_backward(room: Room, saved: tuple[Any, ...], grad: jax.Array) -> tu
         return jax.tree.map(jnp.add, sums, pull(number))
 
     number, grads = _loop(order, room, body, jax.tree.map(_zeros, jax.eval_shape(lambda: pull(1))))
-    # The backward of the first round waits for those of the others.
-    return (held(grad, until=number), grads, jax.tree.map(lambda leaf: np.zeros(leaf.shape, jax.dtypes.float0), order))
+    # The backward of the first round waits for those of the others, whose arrays are then not beside its own.
+    grad, grads = jax.lax.optimization_barrier((held(grad, until=number), grads))
+    return (grad, grads, jax.tree.map(lambda leaf: np.zeros(leaf.shape, jax.dtypes.float0), order))
 
 
 def _with_frozen(adapters: Weight, whole: Weight) -> Weight:

@@ -47,7 +47,7 @@ def optax_muon() -> Any:
     )
 
 
-def draw(seed: int) -> dict[str, jax.Array]:
+def draw(seed: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in SHAPES.items()}
 
@@ -101,7 +101,7 @@ def test_a_kernel_costs_two_exchanges_and_no_sums() -> None:
             return optimizer.update(grads, state, params)
 
     jitted = jax.jit(update, out_shardings=(sharding, None))
-    text = jitted.lower(params, state, params).compile().as_text()
+    text = jitted.lower(params, state, params).compile().as_text() or ""
     counts = {kind: text.count(f" {kind}(") for kind in ("all-to-all", "all-gather", "all-reduce", "reduce-scatter")}
     # Over data, which splits nothing, each rank has updates of its layers to give.
     assert counts == {"all-to-all": 2, "all-gather": 1, "all-reduce": 0, "reduce-scatter": 0}
