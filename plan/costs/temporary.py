@@ -103,11 +103,11 @@ def score_bytes(model: ModelConfig, *, layout: Layout, runtime: Runtime, num_tok
 
 
 def _round_bytes(model: ModelConfig, *, layout: Layout, tokens: int) -> float:
-    """Return the bytes of the backward of experts beside the residuals of their first round.
+    """Return the bytes of the backward of experts beside the residuals of one round that are recomputed.
 
-    The gradients of the first round, of rows in and out and of features, wait while the loop of further ones has
-    residuals and gradients of its own: at most when the features' are made, or when the rows' are sent back. Beside
-    them are kernels in the layout of the backward, and their gradients.
+    The loop of further rounds has residuals and gradients of its own, six arrays of rows of the model's width and the
+    features' gradients, before the backward of the first round begins. Beside them are kernels in the layout of the
+    backward, and their gradients.
     """
     if not model.num_experts:
         return 0.0
@@ -118,12 +118,9 @@ def _round_bytes(model: ModelConfig, *, layout: Layout, tokens: int) -> float:
     kernels = expert_matrices(model, tensor=layout.tensor, expert=layout.expert)
     if model.expert_overflow == "drop" or capacity >= tokens:
         return item * (rows * (2 * d + features) + kernels)
-    # Where nothing of the first round is recomputed, a third array of rows waits, and the features.
-    waiting = 7 * d + (2 * num_up + 1) * f
-    further = max(2 * d + 2 * features, 6 * d + 2 * f) if layout.remat == "full" else waiting
-    # Results and gradients of rows wait for their sums over tensor.
-    further += 2 * d if layout.tensor > 1 else 0
-    return item * (rows * (2 * d + further) + 3 * kernels)
+    # Full rematerialization counts the rows of one round, in and out, and its features as recomputed; others keep most.
+    further = 4 * d if layout.remat == "full" else 6 * d + num_up * f
+    return item * (rows * further + 3 * kernels)
 
 
 def _is_vocab_split(layout: Layout, runtime: Runtime) -> bool:

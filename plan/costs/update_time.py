@@ -120,8 +120,7 @@ def update_time(
     # Frozen weights are gathered where they are sharded; gradients and moments are those of trained parameters.
     trained = trained_params(model, params=params, layout=layout, runtime=runtime, layers=layers, ends=ends)
     experts = sum(count * expert_matrices(kind, tensor=layout.tensor, expert=layout.expert) for kind, count in layers)
-    is_split = layout.zero > 0 or layout.splits_gradients
-    shards = layout.replicas * layout.context if is_split else 1
+    shards = layout.replicas * layout.context if (is_split := layout.zero > 0 or layout.splits_gradients) else 1
     # Devices that split experts have others: theirs are summed over what is left of data and context.
     group, copies = _groups(layout, runtime, topology)
 

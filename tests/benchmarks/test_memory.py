@@ -55,18 +55,13 @@ def test_a_case_without_a_number_is_a_miss_and_says_why() -> None:
     assert [(target.measured, target.is_met) for target in targets_of(rows)] == [(1, False), (38, False)]
 
 
-FAR = ("qwen3-30b-a3b-8gpu data=2 expert=4 num_layers=12",)
-"""Cases that are farther off than asked for: RESULTS.md says by how much."""
-
-
 def test_planned_bytes_in_the_results_are_the_planners() -> None:
     lines = RESULTS.read_text().partition("# The planner's memory against compiled programs")[2].splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
     of_case = {case.name: case for case in CASES}
     stated = [line for line in cells if line[0] in of_case and line[1] != "-"]
     assert len(stated) >= 40
-    far = [name for name, _, _, error in stated if abs(float(error.rstrip("%"))) > 100 * LIMIT]
-    assert set(far) == {name for name in of_case if name.endswith(FAR)}
+    assert not [name for name, _, _, error in stated if abs(float(error.rstrip("%"))) > 100 * LIMIT]
     for name, compiled, planned, error in stated:
         assert f"{planned_bytes(of_case[name]) / 1e9:.2f}" == planned
         assert float(planned) / float(compiled) - 1 == pytest.approx(float(error.rstrip("%")) / 100, abs=1e-3)
