@@ -5,9 +5,12 @@ The verbs of `../layers/collectives.py` ask, and layers and the executor where t
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.sharding import AxisType
+
+from .device_kind import is_nvidia
 
 
 def block_index(axes: Sequence[str]) -> jax.Array | int:
@@ -62,3 +65,12 @@ def sum_like(grad: jax.Array, primal: jax.Array) -> jax.Array:
     """
     axes = varying_axes(grad, without=varying_axes(primal))
     return jax.lax.psum(grad, axes) if axes else grad
+
+
+def hold(values: Any, *, until: Any) -> tuple[Any, Any]:
+    """Return both, of which XLA for GPUs computes nothing with the values before what is waited for is there too."""
+    # In jax 0.10 a barrier takes values of one type alone. Delete with Python 3.11.
+    is_mixed = len({frozenset(varying_axes(leaf)) for leaf in jax.tree.leaves((values, until))}) > 1
+    if not is_nvidia() or (is_mixed and jax.__version_info__ < (0, 12)):
+        return values, until
+    return jax.lax.optimization_barrier((values, until))

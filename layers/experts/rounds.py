@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from ...meshes.device_axes import block_index, manual_axes, mark_varying
+from ...meshes.device_axes import block_index, hold, manual_axes, mark_varying
 from ...meshes.scopes import RARELY
 from ..collectives import max_blocks
 from ..in_order import held
@@ -179,7 +179,7 @@ def _further_backward(room: Room, saved: tuple[Any, ...], grad: jax.Array) -> tu
 
     number, grads = _loop(order, room, body, jax.tree.map(_zeros, jax.eval_shape(lambda: pull(1))))
     # The backward of the first round waits for those of the others, whose arrays are then not beside its own.
-    grad, grads = jax.lax.optimization_barrier((held(grad, until=number), grads))
+    grad, grads = hold(held(grad, until=number), until=grads)
     return (grad, grads, jax.tree.map(lambda leaf: np.zeros(leaf.shape, jax.dtypes.float0), order))
 
 

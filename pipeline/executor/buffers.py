@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ...meshes.device_axes import mark_varying, varying_axes
-from ...meshes.device_kind import is_nvidia
+from ...meshes.device_axes import mark_varying
 
 
 def vary_like(tree: Any, other: Any) -> Any:
@@ -101,15 +100,6 @@ def add(sums: Any, grads: Any, place: tuple[jax.Array | int, ...] = ()) -> Any:
         return None if own is None else _accumulate(own, grad, place)
 
     return jax.tree.map(one, sums, grads, is_leaf=_is_none)
-
-
-def hold(values: Any, *, until: Any) -> tuple[Any, Any]:
-    """Return both, of which XLA for GPUs computes nothing with the values before what is waited for is there too."""
-    # In jax 0.10 a barrier takes values of one type alone. Delete with Python 3.11.
-    is_mixed = len({frozenset(varying_axes(leaf)) for leaf in jax.tree.leaves((values, until))}) > 1
-    if not is_nvidia() or (is_mixed and jax.__version_info__ < (0, 12)):
-        return values, until
-    return jax.lax.optimization_barrier((values, until))
 
 
 def fill_integers(sums: Any, params: Any) -> Any:

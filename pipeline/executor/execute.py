@@ -29,10 +29,11 @@ import jax
 import jax.numpy as jnp
 
 from ...layers.in_order import Mark, after, next_mark
+from ...meshes.device_axes import hold
 from ...meshes.device_kind import is_nvidia
 from ...schedules.placement import Link
 from ..lowering.tables import BACKWARD, FORWARD, INPUT_GRAD, NONE, WEIGHT_GRAD, Transfer, Turns
-from .buffers import hold, read, type_like, write
+from .buffers import read, type_like, write
 from .ends_together import run_first, run_first_back, run_last
 from .host_residuals import finish_copies, start_loading, without_host
 from .layers import backward_layers, forward_layers, input_grad_layers, run_layers, weight_grad_layers

@@ -19,9 +19,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ...meshes.device_axes import hold
 from ...meshes.host_memory import to_device, to_host
 from ..lowering.tables import NONE, HostSlots
-from .buffers import hold, read, write
+from .buffers import read, write
 from .loop_state import LoopState
 
 Packed = dict[str, list[jax.Array]]

@@ -19,12 +19,13 @@ import jax
 import jax.numpy as jnp
 
 from ...layers.in_order import Mark, next_mark, start_mark, zero_after
+from ...meshes.device_axes import hold
 from ...meshes.device_kind import is_nvidia
 from ..model.protocol import Given, Output
 from ..model.stage import Unroll
 from .backward.residuals import LayerVjp
 from .backward.split_backward import SplitBackward
-from .buffers import hold, read, vary_like, write
+from .buffers import read, vary_like, write
 from .loop_state import Grads, LoopState, Place, Sums
 from .split_weights.sharded import LayerGather
 

@@ -25,8 +25,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ...meshes.device_axes import hold
 from ..lowering.tables import Steady, Tables, Transfer, Turns, at_rank
-from .buffers import hold
 from .ends_together import (
     make_first,
     make_last,
