@@ -64,7 +64,8 @@ def test_experts_over_several_nodes_are_found_with_a_smaller_axis() -> None:
 
 
 def test_experts_that_do_not_fit_are_split_over_more_devices() -> None:
-    diagnosis = found("h100x8", Layout(data=8, microbatches=8, remat="full", zero=3), QWEN3_30B, 4096)["out-of-memory"]
+    layout = Layout(data=8, microbatches=4, sequences=2, remat="full", zero=3)
+    diagnosis = found("h100x8", layout, QWEN3_30B, 4096)["out-of-memory"]
     assert diagnosis.change == {"mesh.data": 1, "mesh.expert": 8}
 
 
