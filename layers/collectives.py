@@ -38,7 +38,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, PartitionSpec
 
 from ..meshes import ShardingError, ShardingRules
-from ..meshes.device_axes import manual_axes, mark_varying, num_blocks, sum_like, varying_axes
+from ..meshes.device_axes import end_together, manual_axes, mark_varying, num_blocks, sum_like, varying_axes
 from ..meshes.divisibility import check_divides
 
 ArrayTree = TypeVar("ArrayTree")
@@ -323,11 +323,7 @@ def _gather_beside(x: jax.Array, kernel: jax.Array, axes: tuple[str, ...]) -> _P
 # schedule the product between the start and the end of the sum, as Megatron-LM's layers do by hand. Without it, the
 # product is scheduled elsewhere and the sum is exposed.
 def _end_together(grads: _Pair, primals: _Pair) -> _Pair:
-    dx, dkernel = map(sum_like, grads, primals)
-    # In jax 0.10 a barrier takes values of one type alone, and only dkernel is {V:tensor}. Delete with Python 3.11.
-    if jax.__version_info__ < (0, 12) and set(varying_axes(dx)) != set(varying_axes(dkernel)):
-        return dx, dkernel
-    return jax.lax.optimization_barrier((dx, dkernel))
+    return end_together(*map(sum_like, grads, primals))
 
 
 def _gather_backward(axes: tuple[str, ...], primals: _Pair, grads: _Pair) -> _Pair:

@@ -1,6 +1,7 @@
 """What the mesh in context says of its axes: which are manual, how many blocks they cut, over which a value differs.
 
-The verbs of `../layers/collectives.py` ask, and layers and the executor where they need a number of blocks or a mark.
+The verbs of `../layers/collectives.py` ask, and layers and the executor where they need a number of blocks, a mark, or
+a barrier between values of several types.
 """
 
 import math
@@ -69,8 +70,11 @@ def sum_like(grad: jax.Array, primal: jax.Array) -> jax.Array:
 
 def hold(values: Any, *, until: Any) -> tuple[Any, Any]:
     """Return both, of which XLA for GPUs computes nothing with the values before what is waited for is there too."""
-    # In jax 0.10 a barrier takes values of one type alone. Delete with Python 3.11.
-    is_mixed = len({frozenset(varying_axes(leaf)) for leaf in jax.tree.leaves((values, until))}) > 1
-    if not is_nvidia() or (is_mixed and jax.__version_info__ < (0, 12)):
-        return values, until
-    return jax.lax.optimization_barrier((values, until))
+    return end_together(values, until) if is_nvidia() else (values, until)
+
+
+def end_together(one: Any, other: Any) -> tuple[Any, Any]:
+    """Return two trees of which nothing is used before both are there."""
+    # Before jax 0.12 a barrier takes values of one type alone. Delete with Python 3.11.
+    is_mixed = len({frozenset(varying_axes(leaf)) for leaf in jax.tree.leaves((one, other))}) > 1
+    return (one, other) if is_mixed and jax.__version_info__ < (0, 12) else jax.lax.optimization_barrier((one, other))

@@ -1,7 +1,7 @@
 """Keep arrays in the pinned memory of the host beside a device, from which it copies without the processor.
 
 An array's sharding says in which memory it lies, and its type too: `float32<host>[8]`. jax refuses to compute with it
-before `to_device` has copied it. Read `../train/offload.py` for the use.
+before `to_device` has copied it. Read `../train/update/offload.py` for the use.
 """
 
 from typing import Any

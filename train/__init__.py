@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     from .evaluate import evaluate, evaluate_state
     from .loop import train
     from .metrics.summary import Summary
-    from .optimizer import make_learning_rate, make_optimizer
     from .perplexity.evaluate_files import FileLoss, evaluate_files
     from .prepare import prepare
     from .report.run_report import Report, describe_run, draw_schedule
     from .state import Setup, TrainState
     from .step import StepMetrics, make_eval_step, make_train_step
+    from .update.optimizer import make_learning_rate, make_optimizer
 
 __all__ = [
     "Batches",

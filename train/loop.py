@@ -33,7 +33,6 @@ from .metrics import MetricsLog, NoLog, Summary
 from .metrics.progress import say as say_on
 from .metrics.recorder import StepRecorder
 from .metrics.trackers.open import check_trackers
-from .optimizer import check_rates
 from .prepare import prepare
 from .processes.run_settings import short_hash
 from .profile import StepProfile
@@ -42,6 +41,7 @@ from .run import Run, build_run
 from .run_folder import Start, open_run_folder
 from .state import Setup, TrainState
 from .stop import StopRequest
+from .update.optimizer import check_rates
 from .xla import prepare_backend
 
 

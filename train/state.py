@@ -20,9 +20,9 @@ from ..pipeline.model.losses import LossFn, make_next_token_loss, make_preferenc
 from ..pipeline.model.own_block import without_layer_losses
 from ..pipeline.model.param_specs import gathered, split_over_batch
 from ..schedules import Placement, Schedule, StageCost, build_schedule, load_schedule
-from .offload import join_params, map_params, zero_moments
-from .optimizer import AverageState, make_optimizer, optimizer_shardings
 from .step_health import StepHealth, initial_health
+from .update.offload import join_params, map_params, zero_moments
+from .update.optimizer import AverageState, make_optimizer, optimizer_shardings
 
 
 @jax.tree_util.register_dataclass

@@ -1,6 +1,6 @@
 """Make the jitted training step and the jitted validation, functions of a state and a batch.
 
-Read `../pipeline/` for the loss and its gradients, `optimizer.py` for the update, `step_health.py` for bad steps.
+Read `../pipeline/` for the loss and its gradients, `update/` for the update, `step_health.py` for bad steps.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,10 +21,10 @@ from ..pipeline.model.losses import REWARDS, Z_LOSS
 from ..pipeline.model.own_block import LAYER_LOSS
 from ..plan.costs.device_params import block_matrices
 from .metrics.noise_scale import measure_noise
-from .offload import apply_update, update_by_parts
-from .optimizer import make_learning_rate, make_optimizer
 from .state import Setup, TrainState
 from .step_health import is_good_step, next_health
+from .update.offload import apply_update, update_by_parts
+from .update.optimizer import make_learning_rate, make_optimizer
 
 Batch = dict[str, jax.Array]
 """`tokens` and `targets` int32[M, B@data, T@context], `weights` float32 alike that sum to 1.

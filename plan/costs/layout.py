@@ -84,6 +84,11 @@ class Layout:
         return self.fsdp > 1 or self.zero == 3
 
     @property
+    def update_shards(self) -> int:
+        """Number of devices over data and context that moments and the update of a parameter are split over."""
+        return self.replicas * self.context if self.zero or self.fsdp > 1 else 1
+
+    @property
     def data_expert(self) -> int:
         """Data shards among the ranks that split the experts."""
         return self.expert // self.context_expert

@@ -38,7 +38,7 @@ from .update_time import find_gathers
 _FLOAT32 = 4
 
 UPDATE_PARTS = 8
-"""Parts of the layers whose moments come from the host one after another (`../../train/offload.py`)."""
+"""Parts of the layers whose moments come from the host one after another (`../../train/update/offload.py`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,26 +229,21 @@ def _rank_state(
         state["weights"] = state["weights"] * (1 + adapters) + own
     state["optimizer"] *= 1 - runtime.kernel_saving_bytes / runtime.optimizer_state_bytes * kernels / params
     # An update is float32 and split as the moments are.
-    updates = _FLOAT32 * params / _update_shards(layout)
+    updates = _FLOAT32 * params / layout.update_shards
     return state | {"layers": state["gradients"] * kernels / params, "updates": updates}
-
-
-def _update_shards(layout: Layout) -> int:
-    """Return by how many devices moments and updates of a parameter are split over data and context."""
-    return layout.replicas * layout.context if layout.zero or layout.fsdp > 1 else 1
 
 
 def _muon_bytes(layers: KindCounts, *, layout: Layout, updates: float) -> float:
     """Return the bytes of Muon's update: those of all parameters, and a part of the largest kernel besides.
 
-    Kernels are exchanged one after another (`../../train/muon.py`), and the update of one is as large as its part.
+    Kernels are exchanged one after another (`../../train/update/muon.py`); the update of one is as large as its part.
     """
     largest = 0.0
     for kind, count in layers:
         dense = kind.shared_size if kind.num_experts else kind.ffn_size
         experts = kind.num_experts // layout.expert * kind.expert_size
         largest = max(largest, count * kind.hidden_size * max(dense, experts, kind.query_size) / layout.tensor)
-    return updates + _FLOAT32 * largest / _update_shards(layout)
+    return updates + _FLOAT32 * largest / layout.update_shards
 
 
 def _unrolled_bytes(layers: KindCounts, *, layout: Layout, runtime: Runtime, num_tokens: int) -> float:
@@ -313,7 +308,7 @@ def _split_state(layout: Layout, runtime: Runtime, *, params: float, whole: floa
 def _state_bytes(layout: Layout, runtime: Runtime) -> dict[str, float]:
     """Return bytes per parameter on a device: what the runtime keeps, divided by the shards that split it."""
     # Over all copies of a parameter: the optimizer state, then parameters too; ZeRO-3 and fsdp split all over data.
-    shards = _update_shards(layout)
+    shards = layout.update_shards
     every = layout.replicas * layout.context
     whole = every if layout.splits_gradients else 1
     weights = every if layout.zero == 2 else whole

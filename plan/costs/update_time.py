@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from ...layers import ModelConfig
-from ...layers.lora.linears import Linear, linears_of
 from ...schedules.chunk_weights import count_gathers
 from ..machines.collective_time import CollectiveKind, Group, collective_time_s, make_group
 from ..machines.kernel_time import memory_time_s
@@ -20,6 +19,7 @@ from ..machines.topology import Topology
 from .device_params import End, block_matrices, device_params, device_words, expert_matrices, trained_params
 from .held_layers import KindCounts
 from .layout import Layout
+from .muon_time import muon_s
 from .pipeline_time import SearchTerms, extrapolate, plan_schedule, search_terms
 from .runtime import OrderTraits, Runtime
 
@@ -27,8 +27,6 @@ Ends = tuple[End, ...]
 
 # Gathered parameters are in 16 bit.
 _WEIGHT_BYTES = 2
-# Of Newton and Schulz in Muon (Jordan 2024).
-_ITERATIONS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +118,7 @@ def update_time(
     # Frozen weights are gathered where they are sharded; gradients and moments are those of trained parameters.
     trained = trained_params(model, params=params, layout=layout, runtime=runtime, layers=layers, ends=ends)
     experts = sum(count * expert_matrices(kind, tensor=layout.tensor, expert=layout.expert) for kind, count in layers)
-    shards = layout.replicas * layout.context if (is_split := layout.zero > 0 or layout.splits_gradients) else 1
+    is_split, shards = layout.zero > 0 or layout.splits_gradients, layout.update_shards
     # Devices that split experts have others: theirs are summed over what is left of data and context.
     group, copies = _groups(layout, runtime, topology)
 
@@ -137,26 +135,9 @@ def update_time(
         reduce=reduce * (layout.microbatches if layout.splits_gradients else 1),
         tied=0.0 if "head" in ends else _tied_s(model, layout=layout, runtime=runtime, topology=topology),
         optimizer=memory_time_s(topology.accelerator, num_bytes=moved)
-        + _muon_s(layers, layout, runtime, topology)
+        + muon_s(layers, layout, runtime, topology)
         + _copies_s(layout, topology, num_bytes=runtime.optimizer_state_bytes * trained / shards),
     )
-
-
-def _muon_s(layers: KindCounts, layout: Layout, runtime: Runtime, topology: Topology) -> float:
-    """Return the seconds of the products of Muon, which all devices of a pipeline rank divide; 0 for another optimizer.
-
-    They are in `../../train/muon.py`. Each of five iterations multiplies a kernel [D, F] with D <= F by its transpose,
-    the product by itself, and both.
-    """
-    if not runtime.kernel_saving_bytes:
-        return 0.0
-
-    def flops(linear: Linear) -> float:
-        rows, columns = sorted((linear.num_in, linear.num_out))
-        return _ITERATIONS * linear.copies * 2.0 * (2 * rows * rows * columns + rows**3)
-
-    whole = sum(count * sum(map(flops, linears_of(kind))) for kind, count in layers)
-    return whole * layout.pipe / layout.num_devices / topology.accelerator.matmul_flops_per_s("float32")
 
 
 def _cast_bytes(layers: KindCounts, *, layout: Layout, runtime: Runtime) -> float:

@@ -10,7 +10,7 @@ from trellax.configs.rate_schedules import make_optax_schedule, optax_schedules
 from trellax.meshes import ConfigError
 from trellax.train import make_learning_rate, train
 from trellax.train.metrics import read_metrics
-from trellax.train.optimizer import check_rates
+from trellax.train.update.optimizer import check_rates
 
 CALLS: dict[str, Any] = {
     "constant_schedule(0.5)": lambda: optax.constant_schedule(0.5),

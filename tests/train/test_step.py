@@ -11,7 +11,7 @@ from trellax.configs import RunConfig, load_config
 from trellax.meshes import MeshSpec, build_mesh
 from trellax.pipeline import natural_order
 from trellax.train import Batches, Setup, TrainState, load_corpus, make_eval_step, make_train_step
-from trellax.train.optimizer import make_learning_rate
+from trellax.train.update.optimizer import make_learning_rate
 
 Tiny = Callable[..., RunConfig]
 

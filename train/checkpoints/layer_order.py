@@ -23,8 +23,8 @@ from ...meshes.host_memory import HOST, in_host_memory, is_in_host_memory, to_de
 from ...meshes.rules import split_first_free_dim
 from ...pipeline import PipelineParams
 from ...pipeline.model.stack import cut_kind, merge_kind
-from ..offload import join_params, map_params
 from ..state import Setup, TrainState, without_moments
+from ..update.offload import join_params, map_params
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ XLA copies those of other parts meanwhile, on streams of their own:
     update         | 0 | 1 | 2 | 3 | ...
     copy out           | 0 | 1 | 2 | 3 | ...
 
-Layers are sliced at constant places, outside of loops. Read `step.py` for the use.
+Layers are sliced at constant places, outside of loops. Read `../step.py` for the use.
 """
 
 from collections.abc import Callable
@@ -19,10 +19,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from ..meshes.host_memory import to_device, to_host
-from ..pipeline import PipelineParams
-from ..pipeline.model.frozen import keep_trained, merge_trained
-from ..plan.costs.memory_model import UPDATE_PARTS
+from ...meshes.host_memory import to_device, to_host
+from ...pipeline import PipelineParams
+from ...pipeline.model.frozen import keep_trained, merge_trained
+from ...plan.costs.memory_model import UPDATE_PARTS
 
 _LAYERS = 2
 """The dimension of layers in a stage parameter [chunks, ranks, layers, ...]."""

@@ -25,6 +25,8 @@ import optax.contrib
 from jax.sharding import NamedSharding
 from optax.contrib import MuonState
 
+from ...layers.collectives import gather_blocks
+
 _ADAMW_RMS = 0.2
 """Root mean square of an AdamW update over the learning rate, to which Muon's is scaled (Liu et al. 2025)."""
 
@@ -90,8 +92,7 @@ def _orthogonalize(momentum: jax.Array, sharding: NamedSharding | None) -> jax.A
         return _orthogonal_matrices(momentum.reshape(-1, *momentum.shape[-2:])).reshape(momentum.shape)
     mesh, spec = sharding.mesh, sharding.spec
     run = partial(_exchange_and_orthogonalize, **_divide_layers(sharding, momentum.ndim))
-    # Nothing is differentiated here, and jax has no gather whose result it knows to be the same on all devices.
-    return jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(momentum)
+    return jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec)(momentum)
 
 
 def _divide_layers(sharding: NamedSharding, ndim: int) -> dict[str, Any]:
@@ -121,7 +122,7 @@ def _exchange_and_orthogonalize(
     for axis, dim in reversed(split):
         own = jax.lax.all_to_all(own, axis, split_axis=dim, concat_axis=0, tiled=True)
     for axis in reversed(whole):
-        own = jax.lax.all_gather(own, axis, tiled=True)
+        own = gather_blocks(own, (axis,), dim=0)
     return own[:num_layers].reshape(block.shape)
 
 

@@ -27,7 +27,7 @@ from trellax.train import (
     make_train_step,
     weight_shapes,
 )
-from trellax.train.optimizer import AverageState, make_optimizer
+from trellax.train.update.optimizer import AverageState, make_optimizer
 
 from ..hub.hub import GOLDEN
 

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from optax.contrib import MuonDimensionNumbers
 from trellax.meshes import MeshSpec, build_mesh
-from trellax.train.muon import make_muon
+from trellax.train.update.muon import make_muon
 
 # Sums of five products of matrices, float32 in another order.
 TOLERANCE = 2e-5
@@ -83,7 +83,7 @@ def test_update_and_state_are_those_of_optax_on_every_mesh(mesh: str) -> None:
 def test_many_small_matrices_are_multiplied_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     theirs = run(optax_muon())[0]
     # Five matrices of [8, 12] at once, of twelve.
-    monkeypatch.setattr("trellax.train.muon._AT_ONCE", 500)
+    monkeypatch.setattr("trellax.train.update.muon._AT_ONCE", 500)
     ours = run(make_muon(rate, weight_decay=DECAY))[0]
     for name, other in theirs.items():
         np.testing.assert_allclose(ours[name], other, atol=TOLERANCE)

@@ -4,7 +4,7 @@ The state may hold an average of the weights too: `average_weights`.
 
 AdamW is algorithm 2 of Loshchilov and Hutter 2019; the cosine decay follows Loshchilov and Hutter 2017 ("SGDR"),
 equation 5, without restarts; warmup-stable-decay is of Hu et al. 2024 ("MiniCPM"), section 4; clipping is algorithm 1
-of Pascanu et al. 2013. Read `step.py` for the use.
+of Pascanu et al. 2013. Read `../step.py` for the use.
 """
 
 from collections.abc import Callable
@@ -16,13 +16,13 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ..configs.rate_schedules import OWN_SCHEDULES, make_optax_schedule
-from ..configs.run_config import OptimizerSection
-from ..layers.lora.check_config import ADAPTERS
-from ..meshes import ConfigError
-from ..meshes.arguments import check_count, check_number
-from ..meshes.errors import shown
-from ..pipeline import PipelineParams
+from ...configs.rate_schedules import OWN_SCHEDULES, make_optax_schedule
+from ...configs.run_config import OptimizerSection
+from ...layers.lora.check_config import ADAPTERS
+from ...meshes import ConfigError
+from ...meshes.arguments import check_count, check_number
+from ...meshes.errors import shown
+from ...pipeline import PipelineParams
 from .muon import make_muon
 
 _MOST_LOOKED_AT = 1000
