@@ -14,7 +14,7 @@ from trellax.meshes import ConfigError, MeshError
 from trellax.meshes.host_memory import is_in_host_memory
 from trellax.train import Checkpoints, TrainState, make_train_step
 
-from ..test_step import Trained, train_on
+from .test_step import Trained, train_on
 
 Tiny = Callable[..., RunConfig]
 
