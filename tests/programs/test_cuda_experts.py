@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 
 import pytest
+from trellax.meshes.scopes import RARELY
 from trellax.programs.hlo import HloModule, leaves
 
 from .test_cuda import inspect
@@ -53,3 +54,18 @@ def test_tokens_travel_to_their_experts_and_back(
     of_rows = [leaf for leaf in arrays if own in leaf.dims and leaf.dims[-1] in (WIDTH, FEATURES)]
     # Kept for the backward are those of all layers.
     assert max(math.prod(leaf.dims) for leaf in of_rows) <= LAYERS * pairs_of_all
+
+
+def test_backward_of_the_first_round_begins_when_further_rounds_are_done(tmp_path: Path) -> None:
+    """Else its arrays of rows wait beside those of further rounds, up to four as XLA orders them."""
+    inspect(f"tiny-moe h200:8 --mesh.expert 8 {SIZES}", hlo=str(tmp_path / "step.hlo"))
+    program = HloModule.parse((tmp_path / "step.hlo").read_text())
+    found = []
+    for computation in program.computations.values():
+        # A scheduled program lists instructions in the order in which they start.
+        run = [i for i in computation.instructions.values() if i.opcode == "while" or "all-to-all" in i.opcode]
+        loops = [n for n, i in enumerate(run) if i.opcode == "while" and f"{RARELY}/while" in i.op_name]
+        if not loops or any("jvp()" in i.op_name for i in run):
+            continue
+        found.append([i.opcode for i in run[: loops[0]]])
+    assert found == [[]]

@@ -8,8 +8,12 @@ scaled to the size of an AdamW update (Liu et al. 2025, section 2.2). On a mesh 
     orthogonal   [layers@tensor, D, F]     products of whole matrices on one device, nothing sent
     update       [layers, D, F@tensor]     one all-to-all back
 
-Left to the compiler, D x D products of parts are summed over `tensor` five times a kernel, and what follows a sum is
-computed by every device alike. Axes along which kernels are whole divide the layers too, and gather the updates.
+For example 8B with tensor=4 and 16 layers on a device: of each layer's gate [4096, 14336] it has 3,584 columns, 0.94 GB
+in all. Exchanged it has the whole gates of 4 layers, as many bytes, and sends three quarters of them back.
+
+Axes along which kernels are whole divide the layers too, and gather the updates. Layers that do not divide evenly are
+padded with zeros. Left to the compiler, D x D products of parts are summed over `tensor` five times a kernel, and every
+device computes what follows a sum.
 Read `optimizer.py` for the use.
 """
 
